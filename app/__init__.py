@@ -1,0 +1,1 @@
+"""The serving API: from a wine to its predicted quality."""
