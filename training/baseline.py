@@ -22,3 +22,32 @@ between two equal edges). Bins are named by their index, "0" to "9", which is al
 
 That is, within the range, index = min(bisect_right(edges, value) - 1, k - 1).
 """
+
+import hashlib
+import json
+from typing import Any, Final
+
+import numpy as np
+
+from app.contract import FEATURE_NAMES, TARGET
+from training.dataset import Array
+
+BINS: Final = 10
+
+
+def make_baseline(features: Array, predictions: Array) -> dict[str, Any]:
+    """Return the baseline of training rows, shape (n, 11), and out-of-fold predictions, of any shape."""
+    content = {
+        "features": {name: _bins(column) for name, column in zip(FEATURE_NAMES, features.T, strict=True)},
+        TARGET: _bins(predictions.ravel()),
+    }
+    return {"id": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8], **content}
+
+
+def _bins(values: Array) -> dict[str, list[float]]:
+    # Edges are values that occur, so that no bin is empty.
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1), method="inverted_cdf"))
+    if len(edges) == 1:
+        edges = np.repeat(edges, 2)
+    counts, _ = np.histogram(values, edges)
+    return {"edges": edges.tolist(), "shares": (counts / len(values)).tolist()}

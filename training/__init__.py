@@ -1,0 +1,1 @@
+"""Training: from the data file to the artifacts that serving loads."""
