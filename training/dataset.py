@@ -37,7 +37,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Wines: `features` of shape (n, 11) in the contract's order and units, `quality` of shape (n,), 0 to 10."""
+    """Wines: `features`, shape (n, 11), in the contract's order and units; `quality`, shape (n,), 0 to 10."""
 
     features: Array
     quality: Array
@@ -65,8 +65,8 @@ class Table:
 class Dataset:
     """What a run trains and tests on, and where it came from.
 
-    `test` is the tutorial's test set and `holdout` its rows without a twin in the tutorial's training set, both from the
-    canonical file: whatever a model is trained on, its errors are measured on the same wines.
+    `test` is the tutorial's test set and `holdout` its rows without a twin in the tutorial's training set,
+    both from the canonical file: whatever a model is trained on, its errors are measured on the same wines.
     """
 
     file: str
@@ -81,8 +81,8 @@ class Dataset:
 def prepare(path: Path | None = None) -> Dataset:
     """Read `path`, or the canonical file, and set the frozen hold-out aside.
 
-    A file that holds the canonical table, in whatever style, is split as the tutorial does; of any other, all rows are
-    trained on that are not in the hold-out.
+    A file that holds the canonical table, in whatever style, is split as the tutorial does; of any other, all
+    rows are trained on that are not in the hold-out.
 
     Raises:
         DataError: the file cannot be trained on, or the canonical file is not the published one.
@@ -126,7 +126,7 @@ def same(one: Table, other: Table) -> bool:
 
 
 def parse(path: Path, content: bytes) -> Table:
-    """Read the wines of a file in the UCI style (semicolons) or the Kaggle style (commas); other columns are ignored.
+    """Read the wines of a file, UCI style (semicolons) or Kaggle style (commas); other columns are ignored.
 
     Raises:
         DataError: naming `path`, the line and the column of the first thing that is wrong.
@@ -148,16 +148,14 @@ def parse(path: Path, content: bytes) -> Table:
         if (count := names.count(column.column.lower())) != 1:
             problem = "missing from the header" if count == 0 else f"{count} times in the header"
             raise DataError(f"{path}:{header_line}: column '{column.column}': {problem}")
-    places = [names.index(column.column.lower()) for column in columns]
+    places = [(names.index(column.column.lower()), column) for column in columns]
 
     rows = []
     for line, fields in lines:
         if len(fields) != len(header):
             raise DataError(f"{path}:{line}: {len(fields)} fields where the header has {len(header)}")
         try:
-            rows.append(
-                [_number(fields[place], column) for place, column in zip(places, columns, strict=True)]
-            )
+            rows.append([_number(fields[place], column) for place, column in places])
         except DataError as error:
             raise DataError(f"{path}:{line}: {error}") from None
     if not rows:
@@ -181,8 +179,10 @@ def _number(text: str, column: Feature) -> float:
         value = float(text)
     except ValueError:
         raise DataError(f"column '{column.column}': {text.strip()!r} is not a number") from None
+    if not math.isfinite(value):
+        raise DataError(f"column '{column.column}': {text.strip()} is not a finite number")
     maximum = LARGEST_VALUE if column.maximum is None else column.maximum
-    if not math.isfinite(value) or not column.minimum <= value <= maximum:
+    if not column.minimum <= value <= maximum:
         raise DataError(
             f"column '{column.column}': {text.strip()} is outside {column.minimum:g} to {maximum:g}"
         )

@@ -18,7 +18,7 @@ REPEATS: Final = 3
 def fit(model: Forest, table: Table) -> tuple[StandardScaler, Forest]:
     """Return a scaler and a clone of `model`, both fitted on `table`."""
     scaler = StandardScaler().fit(table.features)
-    # Each tree has its own seed, so fitting in parallel changes nothing; predicting in parallel would sum in any order.
+    # Each tree has its own seed, so fitting in parallel is safe; predicting in parallel sums in any order.
     fitted = clone(model).set_params(n_jobs=-1).fit(scaler.transform(table.features), table.quality)
     return scaler, fitted.set_params(n_jobs=None)
 
@@ -35,7 +35,7 @@ def mse(prediction: Array, quality: Array) -> float:
 
 
 def out_of_fold(model: Forest, table: Table) -> Array:
-    """Return cross-validated predictions, shape (REPEATS, n): each by a model that saw no row equal to the predicted one."""
+    """Return cross-validated predictions, shape (REPEATS, n), each by a model that saw no equal row."""
     groups = table.groups()
     predictions = np.empty((REPEATS, len(table)))
     for repeat, prediction in enumerate(predictions):

@@ -47,28 +47,23 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 2 for data that cannot be trained on."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train", description="Train the wine-quality model."
-    )
+    parser = argparse.ArgumentParser(prog="python -m training.train", description="Train the model.")
     parser.add_argument("--data", type=Path, metavar="FILE", help="train on this file, UCI or Kaggle style")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", default=Path("artifacts"), help="default: %(default)s"
+        "--output", type=Path, metavar="DIR", default="artifacts", help="default: %(default)s"
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO)
     try:
         train(make_model(), arguments.data, arguments.output)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.stderr.write(f"{error}\n")
-    except OSError as error:
-        sys.stderr.write(f"{error.filename}: {error.strerror}\n")
-    else:
-        return 0
-    return 2
+        return 2
+    return 0
 
 
 def train(model: Forest, data: Path | None, output: Path) -> None:
-    """Train a clone of `model` on `data`, or the canonical file, and write its artifacts to the directory `output`.
+    """Train a clone of `model` on `data`, or the canonical file, and write its artifacts to `output`.
 
     Raises:
         DataError: the file cannot be trained on.
@@ -110,7 +105,7 @@ def train(model: Forest, data: Path | None, output: Path) -> None:
 def make_manifest(
     directory: Path, dataset: Dataset, scaler: StandardScaler, model: Forest, metrics: dict[str, float]
 ) -> dict[str, Any]:
-    """Return the manifest of the artifacts in `directory`: what they are, where they came from, what they answer."""
+    """Return the manifest of the artifacts in `directory`: what they are, come from and answer."""
     contents = {name: (directory / name).read_bytes() for name in ARTIFACT_FILES}
     identity = hashlib.sha256(contents[SCALER_FILE] + contents[MODEL_FILE]).hexdigest()[:8]
     ranges = zip(
@@ -156,7 +151,8 @@ def make_manifest(
 def sample_wines(dataset: Dataset) -> Array:
     """Return wines, shape (n, 11), whose predictions a reader of the artifacts must reproduce.
 
-    Some of the hold-out, then the corners: the least and the most of the training range, nothing, and huge values.
+    Some of the hold-out, then the corners: the least and the most of the training range, nothing, and huge
+    values.
     """
     huge = [HUGE if feature.maximum is None else feature.maximum for feature in FEATURES]
     return np.vstack(
@@ -192,10 +188,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def publish(new: Path, output: Path) -> None:
-    """Put the complete set of files in `new` in the place of the old one in `output`, on the same file system.
+    """Put the complete set of files in `new` in place of the old one in `output`, on the same file system.
 
-    Signals wait for the four renames. Whoever sees the set half renamed all the same, as a reader or after a power cut,
-    is told by the manifest: it comes last and vouches for the other files.
+    Signals wait for the four renames. Whoever sees the set half renamed all the same, as a reader or after a
+    power cut, is told by the manifest: it comes last and vouches for the other files.
     """
     names = (*ARTIFACT_FILES, MANIFEST_FILE)
     for name in names:

@@ -28,7 +28,7 @@ HEADER = (
 def rebuild(wheel: Path) -> str:
     """Return the text of the UCI file, joined from the four tables that KEEL derived from it.
 
-    KEEL publishes class labels (`positive`, `negative`) in place of the quality; each table settles some of them.
+    KEEL publishes `positive` and `negative` in place of the quality; each of its tables settles some of them.
     """
     with zipfile.ZipFile(wheel) as archive:
 
