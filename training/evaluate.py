@@ -12,7 +12,7 @@ from training.model import Forest
 
 FOLDS: Final = 10
 REPEATS: Final = 3
-"""Times that the cross-validation is repeated with other folds: one alone is off by about 0.003."""
+"""Times that the cross-validation is repeated, with other folds, to even out the luck of one division."""
 
 
 def fit(model: Forest, table: Table) -> tuple[StandardScaler, Forest]:

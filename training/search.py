@@ -1,4 +1,4 @@
-"""Compare the candidate models: `python -m training.search [--data FILE]`; a few minutes.
+"""Compare the candidate models: `python -m training.search [--data FILE]`; about ten minutes on two cores.
 
 The grouped cross-validation on the training rows decides. Candidates within its noise of the best are
 near-equals, and of those the one that costs least to serve is chosen. Neither the tutorial's test set nor the
@@ -17,8 +17,8 @@ from training.dataset import DataError, Table, prepare
 from training.evaluate import fit, mse, out_of_fold
 from training.model import Forest, candidates
 
-NOISE: Final = 0.001
-"""How far the grouped CV MSE of one model moves when only its seed changes, as a standard deviation."""
+NOISE: Final = 0.004
+"""Difference in grouped CV MSE that means nothing: another seed alone moves it by 0.001 to 0.003 (1 s.d.)."""
 
 TUNED: Final = ("n_estimators", "min_samples_leaf", "max_features")
 

@@ -95,7 +95,7 @@ def train(model: Forest, data: Path | None, output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".new-", dir=output) as staging:
         new = Path(staging)
         joblib.dump(scaler, new / SCALER_FILE)
-        # Trees are mostly repeated exponents: a quarter of the size for some milliseconds at start.
+        # A quarter of the size, for some ten milliseconds more at start.
         joblib.dump(fitted, new / MODEL_FILE, compress=3)
         write_json(new / BASELINE_FILE, make_baseline(dataset.training.features, out_of_fold_predictions))
         write_json(new / MANIFEST_FILE, make_manifest(new, dataset, scaler, fitted, metrics))
