@@ -30,3 +30,52 @@ lock: $(UV) ## renew the hashed lock files under requirements/
 	@cd requirements && for use in uv app training loadtest ansible dev; do \
 	  ../$(UV) pip compile $(UV_FLAGS) --upgrade --universal --python-version 3.11 --fork-strategy fewest \
 	    --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -o $$use.txt $$use.in; done
+
+# --- the model and its release --------------------------------------------------------------------------------------
+
+.PHONY: train search serve release wheels
+train: .venv/training/.synced ## train and evaluate; writes artifacts/ (DATA=file for another data set)
+	@.venv/training/bin/python -m training.train $(if $(DATA),--data '$(DATA)')
+
+search: .venv/training/.synced ## compare model candidates by grouped cross-validation
+	@.venv/training/bin/python -m training.search
+
+artifacts/manifest.json: | .venv/training/.synced
+	@.venv/training/bin/python -m training.train
+
+serve: .venv/app/.synced | artifacts/manifest.json ## the API on this computer, without a machine
+	@.venv/app/bin/gunicorn --config app/gunicorn.conf.py
+
+release: | artifacts/manifest.json ## build the release archive from this commit and artifacts/
+	@$(PYTHON) -m delivery.release
+
+wheels: $(UV)
+	@$(PYTHON) -m delivery.wheels $(LOCK) $(MACHINE_PYTHON) $(MACHINE_ARCHITECTURE)
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+DEBIAN ?= 13
+INVENTORY ?= inventory/current
+ANSIBLE := .venv/ansible/bin
+PLAYBOOK = $(ANSIBLE)/ansible-playbook $(if $(filter command line environment,$(origin INVENTORY)),-i $(INVENTORY))
+
+.PHONY: up down status urls verify
+up: .venv/ansible/.synced ## a machine on this computer, provisioned, checked, with a table of URLs
+	@DEBIAN=$(DEBIAN) ansible/up
+
+down: .venv/ansible/.synced ## remove that machine
+	@ansible/down
+
+status: .venv/ansible/.synced ## units, targets, alerts, live release
+	@$(PLAYBOOK) ansible/status.yml
+
+urls: .venv/ansible/.synced ## one line a console: name, URL, user, password file
+	@$(ANSIBLE)/python ansible/consoles.py urls
+
+verify: .venv/ansible/.synced ## check a provisioned machine from here
+	@$(PLAYBOOK) ansible/verify.yml
+
+.PHONY: clean
+clean: down ## remove the machine, its base, environments, artifacts and build output
+	@sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; $$sudo rm -rf .machines
+	@rm -rf .venv build artifacts .mypy_cache .ruff_cache .pytest_cache .ansible inventory/current inventory/local/secrets

@@ -1,0 +1,113 @@
+"""Where people look: the consoles of the inventory's machines.
+
+python ansible/consoles.py urls      one tab-separated line each: name, URL, user, password file
+python ansible/consoles.py table     the same for people, with what each console answers
+"""
+
+import argparse
+import base64
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Console:
+    """One page for people: its group in the inventory, port, what to open and what to ask for its health."""
+
+    name: str
+    group: str
+    port: int
+    port_variable: str
+    page: str
+    health: str
+    secret: str | None = None
+
+
+CONSOLES = (
+    Console("API", "api", 5000, "winemon_api_port", "/docs", "/ready"),
+    Console("Prometheus", "monitoring", 9090, "prometheus_port", "/targets", "/-/ready", "prometheus"),
+    Console("Locust", "loadtest", 8089, "locust_port", "/", "/metrics", "locust"),
+)
+
+
+def inventory() -> tuple[dict[str, Any], Path]:
+    """Return Ansible's view of the inventory and its directory."""
+    source = Path(os.environ.get("ANSIBLE_INVENTORY", ROOT / "inventory" / "current"))
+    if not source.exists():
+        sys.exit("No machine is known. `make up` or `vagrant up` makes one.")
+    command: list[str | Path] = [Path(sys.executable).with_name("ansible-inventory"), "-i", source, "--list"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - our own tool
+    listed: dict[str, Any] = json.loads(result.stdout)
+    return listed, (source if source.is_dir() else source.parent).resolve()
+
+
+def consoles() -> list[tuple[Console, str, str, Path | None]]:
+    """Return each console with its URL without a path, its user and its password file."""
+    listed, directory = inventory()
+    variables = listed["_meta"]["hostvars"]
+    found = []
+    for console in CONSOLES:
+        for host in listed.get(console.group, {}).get("hosts", []):
+            own = variables.get(host, {})
+            address = own.get("winemon_address") or own.get("ansible_host") or host
+            port = own.get(console.port_variable, console.port)
+            user = own.get(f"{console.secret}_username", "admin") if console.secret else ""
+            password = (
+                Path(own.get("winemon_secrets_dir", directory / "secrets"), console.secret)
+                if console.secret
+                else None
+            )
+            found.append((console, f"http://{address}:{port}", user, password))
+    return found
+
+
+def state(url: str, user: str, password: Path | None) -> str:
+    """Say what a console answers to its health check."""
+    request = urllib.request.Request(url)  # noqa: S310 - http from the inventory
+    if password and password.exists():
+        token = base64.b64encode(f"{user}:{password.read_text(encoding='utf-8').strip()}".encode())
+        request.add_header("Authorization", f"Basic {token.decode()}")
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=5):
+            return "ok"
+    except urllib.error.HTTPError as error:
+        return f"answers {error.code}"
+    except OSError as error:
+        return f"unreachable ({error})"
+
+
+def main() -> int:
+    """Print the consoles as the command line asks."""
+    parser = argparse.ArgumentParser(
+        description="Where people look: the consoles of the inventory's machines."
+    )
+    parser.add_argument("form", choices=["urls", "table"])
+    form = parser.parse_args().form
+    rows = []
+    for console, url, user, password in consoles():
+        row = [console.name, url + console.page, user, os.path.relpath(password) if password else ""]
+        if form == "table":
+            row.append(state(url + console.health, user, password))
+        rows.append(row)
+    if form == "urls":
+        print("\n".join("\t".join(row) for row in rows))  # noqa: T201 - the command's answer
+        return 0
+    rows.insert(0, ["component", "URL", "user", "password in", "state"])
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Archives that are the same bytes for the same content."""
+
+import gzip
+import hashlib
+import io
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of `content` in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write(target: Path, files: Mapping[str, Path | bytes], time: int = 0, compress: bool = True) -> None:
+    """Write `files` (name in the archive to a file or its content) as a tar to `target`, whole or not at all.
+
+    Owner, mode, order and `time` (seconds since 1970) are fixed, so that equal content gives equal bytes.
+    Content that is compressed already, as wheels are, is not worth the time of `compress`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    level = 6 if compress else 0
+    with (
+        partial.open("wb") as raw,
+        gzip.GzipFile("", "wb", compresslevel=level, fileobj=raw, mtime=time) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for name in sorted(files):
+            content = files[name]
+            data = content.read_bytes() if isinstance(content, Path) else content
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime, info.mode = len(data), time, 0o644
+            tar.addfile(info, io.BytesIO(data))
+    partial.replace(target)
