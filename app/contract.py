@@ -9,7 +9,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One input of the model: its name in the API, its column in the data file, its unit and physical bounds."""
+    """One input of the model: name in the API, column in the data file, unit and physical bounds."""
 
     name: str
     column: str

@@ -1,0 +1,284 @@
+"""The HTTP interface: `create_app` builds it in each worker; gunicorn.conf.py runs the workers."""
+
+import gzip
+import json
+import logging
+from functools import partial
+from typing import Any, Final, cast
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from app.artifacts import ArtifactError, Manifest, load
+from app.contract import FEATURES
+from app.monitoring import Monitor, MonitorMiddleware
+from app.predictor import Predictor, disagreement, load_predictor
+from app.schemas import (
+    Batch,
+    FeatureCard,
+    Liveness,
+    ModelCard,
+    Prediction,
+    Predictions,
+    Problems,
+    Readiness,
+    Refusal,
+    Wine,
+)
+from app.settings import Settings
+
+METRICS_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+SCORE_HEADER: Final = "X-Model-Score"
+VERSION_HEADER: Final = "X-Model-Version"
+
+logger = logging.getLogger("uvicorn.error")
+
+Reply = tuple[int, list[tuple[bytes, bytes]], bytes]
+"""Status, headers and body of a response, as ASGI sends them."""
+
+Responses = dict[int | str, dict[str, Any]]
+"""Documentation of the statuses of a route."""
+
+JSON: Final = (b"content-type", b"application/json")
+MAX_PROBLEMS: Final = 50
+"""Most problems named in one 422, so that a small bad request never makes a huge answer."""
+
+
+class Service:
+    """One worker's model and the answers it gives; without a model it says why."""
+
+    def __init__(self, settings: Settings, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._manifest: Manifest | None = None
+        self._predictor: Predictor | None = None
+        self._reason: str | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        try:
+            artifacts = load(settings.artifacts_dir)
+            self._predictor = load_predictor(artifacts)
+        except ArtifactError as error:
+            self._reason = str(error)
+            monitor.refused.inc()
+            logger.error("Refused the artifacts: %s", error)
+            return
+        self._manifest = artifacts.manifest
+        self._headers = [JSON, (VERSION_HEADER.lower().encode(), artifacts.manifest.version.encode())]
+        monitor.describe(artifacts.manifest, artifacts.baseline, compiled=self._predictor.compiled)
+
+    def predict(self, wine: Wine) -> Reply:
+        """Predict the quality of one wine, on the tasters' scale of 0 to 10."""
+        if self._predictor is None:
+            return self._unavailable()
+        row = tuple(wine.__dict__.values())
+        quality = self._predictor.predict(row)
+        self._monitor.observe(row, quality)
+        score = b"%a" % quality
+        body = b'{"quality":%b}' % score
+        return 200, [*self._headers, _length(body), (b"x-model-score", score)], body
+
+    def predict_batch(self, batch: Batch) -> Reply:
+        """Predict the qualities of up to 1,000 wines, in their order."""
+        if self._predictor is None:
+            return self._unavailable()
+        rows = [tuple(wine.__dict__.values()) for wine in batch.samples]
+        qualities = self._predictor.predict_many(rows)
+        for row, quality in zip(rows, qualities, strict=True):
+            self._monitor.observe(row, quality)
+        body = b'{"qualities":[%b]}' % ",".join(map(repr, qualities)).encode()
+        return 200, [*self._headers, _length(body)], body
+
+    def healthcheck(self) -> Liveness:
+        """Answer 200 while the process serves."""
+        return Liveness(status="ok")
+
+    def ready(self) -> Response:
+        """Answer 200 where the model predicts the manifest's samples as training did, else 503 and why."""
+        reason = self._reason
+        if self._predictor is not None and self._manifest is not None:
+            reason = disagreement(self._predictor, self._manifest.samples)
+        version = None if self._manifest is None else self._manifest.version
+        readiness = Readiness(ready=reason is None, version=version, reason=reason)
+        return JSONResponse(readiness.model_dump(), 200 if readiness.ready else 503)
+
+    def model(self) -> Response:
+        """Show the model card: what is served and what is known about it."""
+        if self._manifest is None:
+            status, headers, body = self._unavailable()
+            return Response(body, status, {name.decode(): value.decode() for name, value in headers})
+        units = zip(FEATURES, self._manifest.features, strict=True)
+        card = ModelCard(
+            features=[
+                FeatureCard(
+                    name=feature.name,
+                    unit=feature.unit,
+                    minimum=feature.minimum,
+                    maximum=feature.maximum,
+                    trained_minimum=trained.minimum,
+                    trained_maximum=trained.maximum,
+                )
+                for feature, trained in units
+            ],
+            **self._manifest.model_dump(mode="json", include=ModelCard.model_fields.keys() - {"features"}),
+        )
+        return Response(card.model_dump_json(), media_type="application/json")
+
+    async def metrics(self, request: Request) -> Response:
+        """Expose the metrics of all workers."""
+        body = self._monitor.scrape()
+        headers = {"vary": "accept-encoding"}
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            body = gzip.compress(body, compresslevel=5)
+            headers["content-encoding"] = "gzip"
+        return Response(body, headers=headers, media_type=METRICS_CONTENT_TYPE)
+
+    @property
+    def version(self) -> str:
+        """The version of the model, or what stands for none."""
+        return "none" if self._manifest is None else self._manifest.version
+
+    def _unavailable(self) -> Reply:
+        return _refuse(503, f"no model: {self._reason}", (b"retry-after", b"10"))
+
+
+class JsonRoute(APIRoute):
+    """A route of one JSON body, read, limited and validated in one pass; FastAPI documents it like any other.
+
+    Its endpoint takes the validated model and returns the whole reply.
+    """
+
+    def __init__(self, *args: Any, max_body_bytes: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        assert self.body_field is not None  # noqa: S101 - by construction
+        body = cast(type[BaseModel], self.body_field.field_info.annotation)
+        self._validate = body.__pydantic_validator__.validate_json
+        self._max_body_bytes = max_body_bytes
+        self.app = self._serve
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await self._read(receive)
+        except ClientDisconnect:
+            return
+        status, headers, content = self._reply(scope, body)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    def _reply(self, scope: Scope, body: bytes | None) -> Reply:
+        if body is None:
+            limit = f"the body is longer than {self._max_body_bytes} bytes"
+            return _refuse(413, limit, (b"connection", b"close"))
+        media_type = encoding = b""
+        for name, value in scope["headers"]:
+            if name == b"content-type":
+                media_type = value
+            elif name == b"content-encoding":
+                encoding = value
+        if (
+            media_type != b"application/json"
+            and media_type.split(b";")[0].strip().lower() != b"application/json"
+        ):
+            return _refuse(415, "send the body as application/json")
+        if encoding.lower() not in (b"", b"identity"):
+            return _refuse(415, "send the body without a content encoding")
+        try:
+            model = self._validate(body)
+        except ValidationError as error:
+            return _problems(error)
+        reply: Reply = self.endpoint(model)
+        return reply
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Read the whole body; None where it is longer than the limit, whatever its Content-Length claims.
+
+        Some of what is beyond the limit is read and dropped: closing on unread data would reset the
+        connection, and the client might lose the answer.
+        """
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        while message.get("more_body") and len(body) <= self._max_body_bytes:
+            message = await receive()
+            body += message.get("body", b"")
+        dropped = 0
+        while message.get("more_body") and dropped <= 8 * self._max_body_bytes:
+            message = await receive()
+            dropped += len(message.get("body", b""))
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        return body if len(body) <= self._max_body_bytes else None
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application of one worker, with the settings of the environment unless others are given."""
+    settings = settings or Settings()
+    monitor = Monitor(
+        settings,
+        [("/predict", "POST"), ("/predict/batch", "POST"), ("/healthcheck", "GET"), ("/ready", "GET")],
+    )
+    service = Service(settings, monitor)
+    app = FastAPI(
+        title="winemon",
+        description="Predicts the quality of red wine from its physicochemical measurements.",
+        version=service.version,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.add_middleware(MonitorMiddleware, monitor=monitor)
+    # FastAPI only calls what it asks to be a class.
+    json_route = cast(type[APIRoute], partial(JsonRoute, max_body_bytes=settings.max_body_bytes))
+    refusals: Responses = {
+        413: {"model": Refusal, "description": "The body is too long."},
+        415: {"model": Refusal, "description": "The body is not plain application/json."},
+        422: {
+            "model": Problems,
+            "description": "The body is not what the schema says; each problem names its field.",
+        },
+        503: {
+            "model": Refusal,
+            "description": "No model is being served, or the worker has too many requests.",
+        },
+    }
+    score = {
+        SCORE_HEADER: {"description": "The predicted quality.", "schema": {"type": "number"}},
+        VERSION_HEADER: {"description": "The version of the model.", "schema": {"type": "string"}},
+    }
+    for path, endpoint, response_model, headers in (
+        ("/predict", service.predict, Prediction, score),
+        ("/predict/batch", service.predict_batch, Predictions, {VERSION_HEADER: score[VERSION_HEADER]}),
+    ):
+        app.router.add_api_route(
+            path,
+            endpoint,
+            methods=["POST"],
+            response_model=response_model,
+            responses={200: {"headers": headers}, **refusals},
+            route_class_override=json_route,
+        )
+    unready: Responses = {503: {"model": Readiness, "description": "Not ready, and why."}}
+    unavailable: Responses = {503: {"model": Refusal, "description": "No model is being served."}}
+    app.add_api_route("/healthcheck", service.healthcheck)
+    app.add_api_route("/ready", service.ready, response_model=Readiness, responses=unready)
+    app.add_api_route("/model", service.model, response_model=ModelCard, responses=unavailable)
+    app.add_api_route("/metrics", service.metrics, include_in_schema=False)
+    return app
+
+
+def _length(body: bytes) -> tuple[bytes, bytes]:
+    return b"content-length", b"%d" % len(body)
+
+
+def _refuse(status: int, detail: str, *headers: tuple[bytes, bytes]) -> Reply:
+    body = json.dumps({"detail": detail}).encode()
+    return status, [JSON, _length(body), *headers], body
+
+
+def _problems(error: ValidationError) -> Reply:
+    """Build a 422 in FastAPI's form, without the input: echoing a NaN would not be JSON."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)[:MAX_PROBLEMS]
+    body = json.dumps(
+        {"detail": [{**problem, "loc": ["body", *problem["loc"]]} for problem in problems]}
+    ).encode()
+    return 422, [JSON, _length(body)], body
