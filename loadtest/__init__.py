@@ -1,0 +1,1 @@
+"""The load generator: what its users do, and its own metrics and password."""
