@@ -91,9 +91,10 @@ class LocustCollector(Collector):
 
     def rate(self) -> float:
         """Return requests in a second now; Locust's own figure stands still when responses stop coming."""
+        total = self.runner.stats.total
         end = int(time.time()) - LATENESS
-        seconds = self.runner.stats.total.num_reqs_per_sec
-        return sum(seconds.get(second, 0) for second in range(end - WINDOW, end)) / WINDOW
+        seconds = range(max(end - WINDOW, int(total.start_time)), end)
+        return sum(total.num_reqs_per_sec.get(second, 0) for second in seconds) / max(len(seconds), 1)
 
     def response_times(self) -> dict[str, Counter[int]]:
         """Return, by name and for all together, how many requests of the window took so many milliseconds."""
