@@ -1,4 +1,4 @@
-"""The wines that load tests draw from."""
+"""The hold-out as load tests draw from it."""
 
 import csv
 from pathlib import Path
