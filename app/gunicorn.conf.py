@@ -7,17 +7,37 @@ app/settings.py documents:
     WINEMON_RELEASE           directory of the release, which may be a symlink (default: this checkout)
     WINEMON_BIND              address to listen on where systemd passes no socket (default: 127.0.0.1:5000)
     WINEMON_WORKERS           worker processes (default: one for each core)
-    WINEMON_MAX_REQUESTS      requests after which a worker is replaced (default: 0, never)
+    WINEMON_MAX_REQUESTS      requests after which a worker is replaced, more or less (default: 0, never)
+    WINEMON_MAX_CONCURRENCY   requests at once in one worker, beyond it 503 (default: 256)
+    WINEMON_MAX_CONNECTIONS   connections to one worker, beyond it 503 (default: 4096)
+    WINEMON_REQUEST_TIMEOUT   seconds that a client may take to send one request (default: 10)
+    WINEMON_LEAVE_SECONDS     how long a worker that leaves waits for its clients (default: 10)
     PROMETHEUS_MULTIPROC_DIR  where the workers share their counts (default: a temporary directory)
 """
 
+import asyncio
+import errno
 import fcntl
+import mmap
 import os
 import shutil
+import socket
+import sys
 import tempfile
+import time
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
+
+# Imported before the workers are forked, so that they share one copy and start sooner. Nothing is ours, and
+# other versions of it restart the service.
+import fastapi  # noqa: F401
+import prometheus_client  # noqa: F401
+import pydantic_settings  # noqa: F401
+from gunicorn.arbiter import Arbiter
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import Server
+from uvicorn_worker import UvicornWorker
 
 # One thread a worker: more would fight over the cores that the other workers use.
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -30,19 +50,201 @@ if _temporary:
 _metrics = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
 _metrics.mkdir(parents=True, exist_ok=True)
 
+_MAX_CONCURRENCY = int(os.environ.get("WINEMON_MAX_CONCURRENCY", "256"))
+_MAX_CONNECTIONS = int(os.environ.get("WINEMON_MAX_CONNECTIONS", "4096"))
+_REQUEST_TIMEOUT = float(os.environ.get("WINEMON_REQUEST_TIMEOUT", "10"))
+_LEAVE_SECONDS = float(os.environ.get("WINEMON_LEAVE_SECONDS", "10"))
+_SLOTS = 128
+
 wsgi_app = "app.main:create_app()"
 # Explicit, as HUP follows a symlink only here.
 chdir = os.environ.get("WINEMON_RELEASE", str(Path(__file__).parent.parent))
 bind = os.environ.get("WINEMON_BIND", "127.0.0.1:5000")
+backlog = 1024
 workers = int(os.environ.get("WINEMON_WORKERS", os.cpu_count() or 1))
-worker_class = "uvicorn_worker.UvicornWorker"
 worker_tmp_dir = str(_metrics)
 max_requests = int(os.environ.get("WINEMON_MAX_REQUESTS", "0"))
+# Workers share the load evenly, so without it all of them would leave at once.
+max_requests_jitter = max_requests // 5
 control_socket_disable = True
-graceful_timeout = 30
+# Longer than that of any client or load balancer, so that it is never this side that closes first.
+keepalive = 65
+graceful_timeout = int(_LEAVE_SECONDS) + 20
 
 _slot: IO[str]
 """The lock file of this worker's slot, held open for life so that the kernel frees the slot at any death."""
+
+
+def _open_board() -> "memoryview[int]":
+    """Map what all workers tell each other: by slot, 1 + their connections, or 0 for not accepting."""
+    with (_metrics / "board").open("a+b") as file:
+        file.truncate(_SLOTS * 8)
+        return memoryview(mmap.mmap(file.fileno(), _SLOTS * 8)).cast("q")
+
+
+_board = _open_board()
+
+
+class Connection(HttpToolsProtocol):
+    """One client: told on the board, refused quickly where there are too many, closed where it dawdles."""
+
+    slot = 0
+    accepting = True
+    stalled: object = None
+    stalled_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Join the connections of this worker."""
+        super().connection_made(transport)
+        self._tell()
+        if len(self.connections) > _MAX_CONNECTIONS:
+            self.app = self._overloaded
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Leave them."""
+        super().connection_lost(exc)
+        self._tell()
+
+    def _tell(self) -> None:
+        if Connection.accepting:
+            _board[Connection.slot] = len(self.connections) + 1
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        # What one turn of the event loop received is all started before any of it is served.
+        super()._start_asgi_task(cycle, app if len(self.tasks) < _MAX_CONCURRENCY else self._overloaded)
+
+    async def _overloaded(self, scope: Any, receive: Any, send: Any) -> None:
+        """Mark the request for the application, which counts and refuses it."""
+        scope["winemon.overload"] = True
+        await self.config.loaded_app(scope, receive, send)
+
+    def close_if_stalled(self, now: float) -> None:
+        """Answer 408 to a client that has been at the same unfinished request for too long."""
+        unfinished: object = None
+        if self.scope is None:
+            unfinished = self
+        elif self.cycle is None or self.cycle.scope is not self.scope or self.cycle.more_body:
+            unfinished = self.scope
+        if unfinished is None or unfinished is not self.stalled:
+            self.stalled, self.stalled_since = unfinished, now
+        elif now - self.stalled_since > (_REQUEST_TIMEOUT if self.scope else keepalive):
+            if self.scope and (
+                self.cycle is None or not self.cycle.response_started or self.cycle.response_complete
+            ):
+                self.transport.write(
+                    b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                )
+            self.transport.close()
+
+
+class LeavingServer(Server):
+    """Accepts its share of the connections, and before it ends tells its clients to go elsewhere."""
+
+    listening = False
+    patience = 0
+    turn = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start without uvicorn's listeners, which accept all there is however idle the other workers are."""
+        await super().startup(sockets=[])
+        self.sockets = list(sockets or [])
+        self.accepted: set[asyncio.Task[Any]] = set()
+        self.listening = True
+        Connection.slot = int(os.environ["WINEMON_SLOT"]) % _SLOTS
+        _board[Connection.slot] = 1
+        self._resume()
+
+    def _resume(self) -> None:
+        if self.listening:
+            for sock in self.sockets:
+                asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
+
+    def _pause(self, seconds: float) -> None:
+        for sock in self.sockets:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
+        asyncio.get_running_loop().call_later(seconds, self._resume)
+
+    def _accept(self, sock: socket.socket) -> None:
+        """Accept one connection, unless a worker with fewer of them is about to."""
+        loop = asyncio.get_running_loop()
+        mine = _board[Connection.slot]
+        if any(0 < others < mine for others in _board) and loop.time() > self.turn:
+            # It is woken by the same event; should it be busy for long, this worker takes over for a while.
+            self.patience += 1
+            if self.patience <= 10:
+                self._pause(0.001)
+                return
+            self.turn = loop.time() + 0.25
+        self.patience = 0
+        try:
+            connection, _ = sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            self._pause(0.1)
+            return
+        connection.setblocking(False)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if Connection.accepting:
+            _board[Connection.slot] += 1
+        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
+        self.accepted.add(task)
+        task.add_done_callback(self.accepted.discard)
+
+    def _protocol(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
+
+    def _stop_listening(self) -> None:
+        self.listening = False
+        for sock in self.sockets:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after slow clients once a second."""
+        if counter % 10 == 0:
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                connection.close_if_stalled(now)
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Leave: answer with `Connection: close` until no client is left or the time is over, then shut down.
+
+        It goes on accepting until another worker does, so that a reload has no gap; but not in the last third
+        of the time, which the clients that came last have for their request.
+        """
+        ends = time.monotonic() + _LEAVE_SECONDS
+        Connection.accepting = False
+        _board[Connection.slot] = 0
+        self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+        while time.monotonic() < ends and not self.force_exit:
+            if any(_board) or time.monotonic() > ends - _LEAVE_SECONDS / 3:
+                self._stop_listening()
+            if not self.server_state.connections and not self.accepted:
+                break
+            await asyncio.sleep(0.05)
+        self._stop_listening()
+        await super().shutdown(sockets=sockets)
+
+
+class Worker(UvicornWorker):
+    """A uvicorn worker with the server and the connections above."""
+
+    CONFIG_KWARGS = {"loop": "uvloop", "http": Connection, "server_header": False}  # noqa: RUF012 - uvicorn's
+
+    async def _serve(self) -> None:
+        self.config.app = self.wsgi
+        server = LeavingServer(self.config)
+        self._install_sigquit_handler()
+        await server.serve(sockets=self.sockets)
+        if not server.started:
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+
+
+worker_class = Worker
 
 
 def on_starting(_server: Any) -> None:
@@ -51,6 +253,8 @@ def on_starting(_server: Any) -> None:
         for pattern in ("*.db", "*.lock", "*.unreadable"):
             for path in _metrics.glob(pattern):
                 path.unlink()
+        for slot in range(_SLOTS):
+            _board[slot] = 0
 
 
 def post_fork(_server: Any, worker: Any) -> None:
@@ -65,7 +269,7 @@ def post_fork(_server: Any, worker: Any) -> None:
             continue
         break
     _slot = lock
-    _forget_gauges(slot)
+    _forget(slot)
     lock.truncate(0)
     lock.write(str(worker.pid))
     lock.flush()
@@ -76,7 +280,7 @@ def child_exit(_server: Any, worker: Any) -> None:
     """Forget what the worker that ended said about itself; its counts stay."""
     for lock in _metrics.glob("*.lock"):
         if lock.read_text() == str(worker.pid):
-            _forget_gauges(int(lock.stem))
+            _forget(int(lock.stem))
 
 
 def on_exit(server: Any) -> None:
@@ -85,6 +289,7 @@ def on_exit(server: Any) -> None:
         shutil.rmtree(_metrics, ignore_errors=True)
 
 
-def _forget_gauges(slot: int) -> None:
+def _forget(slot: int) -> None:
+    _board[slot % _SLOTS] = 0
     for path in _metrics.glob(f"gauge_*_{slot}.db"):
         path.unlink(missing_ok=True)

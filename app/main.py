@@ -62,7 +62,7 @@ class Service:
             self._predictor = load_predictor(artifacts)
         except ArtifactError as error:
             self._reason = str(error)
-            monitor.refused.inc()
+            monitor.refuse()
             logger.error("Refused the artifacts: %s", error)
             return
         self._manifest = artifacts.manifest

@@ -47,6 +47,8 @@ DURATION_BUCKETS: Final = (
 QUALITY_BUCKETS: Final = (*(half / 2 for half in range(21)), inf)
 STATUSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
 
+_OVERLOADED: Final = [(b"content-length", b"0"), (b"retry-after", b"1"), (b"connection", b"close")]
+
 Cell = tuple["memoryview[float]", int]
 """Where a value lives: `view[index]` is a double in a file that every worker reads."""
 
@@ -103,19 +105,7 @@ class Monitor:
             multiprocess_mode="livesum",
         )
         self.inprogress = self._cell(inprogress._value)
-        self._ready = Gauge(
-            "winemon_ready",
-            "1 where every worker's model is loaded and answers as training said it would.",
-            registry=None,
-            multiprocess_mode="livemin",
-        )
-        self._compiled = Gauge(
-            "winemon_model_compiled",
-            "1 where every worker serves the compiled form of its model, 0 for the scikit-learn path.",
-            registry=None,
-            multiprocess_mode="livemin",
-        )
-        self.refused = Counter(
+        self._refused = Counter(
             "winemon_artifact_refused_total",
             "Times that a starting worker refused its artifacts.",
             registry=None,
@@ -147,8 +137,12 @@ class Monitor:
             cells = [self._cell(counter.labels(feature, name, baseline.id)._value) for name in names]
             # The last bin holds its upper edge, so `above` begins at the next double.
             self._bins.append(([*bins.edges[:-1], nextafter(bins.edges[-1], inf)], cells))
-        self._compiled.set(compiled)
-        self._ready.set(1)
+        self._state(ready=True, compiled=compiled)
+
+    def refuse(self) -> None:
+        """Count artifacts that were refused, and show that this worker serves no model."""
+        self._refused.inc()
+        self._state(ready=False, compiled=False)
 
     def observe(self, row: Sequence[float], quality: float) -> None:
         """Count one served wine: each of its eleven values and its predicted quality into their bins."""
@@ -173,6 +167,18 @@ class Monitor:
         registry = CollectorRegistry()
         registry.register(_SharedCollector(self._directory, self._unreadable))
         return generate_latest(registry) + self._model
+
+    def _state(self, *, ready: bool, compiled: bool) -> None:
+        # Only now: a worker that is still loading serves nothing, so it says nothing of the service.
+        for name, documentation, state in (
+            ("winemon_ready", "1 where every worker's model is loaded and agrees with training.", ready),
+            (
+                "winemon_model_compiled",
+                "1 where every worker serves the compiled form of its model.",
+                compiled,
+            ),
+        ):
+            Gauge(name, documentation, registry=None, multiprocess_mode="livemin").set(state)
 
     def _route(self, handler: str, method: str) -> "_Route":
         route = self._routes[handler, method] = _Route(
@@ -235,7 +241,7 @@ class _Route:
 
 
 class MonitorMiddleware:
-    """Counts each HTTP request once, also one whose handler raises."""
+    """Counts each HTTP request once, and refuses those that the server marks as too many."""
 
     def __init__(self, app: ASGIApp, monitor: Monitor) -> None:
         self._app = app
@@ -259,6 +265,11 @@ class MonitorMiddleware:
         view, index = self._monitor.inprogress
         view[index] += 1.0
         try:
+            if "winemon.overload" in scope:
+                self._monitor.overload.inc()
+                await count({"type": "http.response.start", "status": 503, "headers": _OVERLOADED})
+                await count({"type": "http.response.body", "body": b""})
+                return
             await self._app(scope, receive, count)
         except Exception:
             if not counted:

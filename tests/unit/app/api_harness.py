@@ -144,6 +144,7 @@ class Server:
             "WINEMON_ARTIFACTS_DIR": str(artifacts),
             "WINEMON_BIND": "127.0.0.1:0",
             "WINEMON_WORKERS": "2",
+            "WINEMON_LEAVE_SECONDS": "4",
             "PROMETHEUS_MULTIPROC_DIR": str(self.metrics),
             **environment,
         }

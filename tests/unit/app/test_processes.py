@@ -1,5 +1,6 @@
 """The service as processes: counts that stay exact whatever happens to workers, reloads, sockets."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -11,12 +12,15 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from api_harness import GUNICORN, ROOT, Samples, Server, make_artifacts, value, wait_for
+
+from tests.bench.clients import Tally, crowd, post
 
 Start = Callable[..., Server]
 
@@ -111,16 +115,122 @@ def test_counts_stay_exact_while_workers_are_recycled(start: Start, wine: dict[s
     server = start(WINEMON_MAX_REQUESTS="20")
     first = server.workers
     answered = 0
-    deadline = time.monotonic() + 60
-    while value(server.scrape(), "winemon_worker_starts_total") < 8:
-        assert time.monotonic() < deadline
-        try:
-            answered += server.request("POST", "/predict", wine)[0] == 200
-        except (ConnectionError, http.client.HTTPException):
-            pytest.fail("a request was cut off by a worker that left")
-        assert served(wait_for(server.scrape)) == answered
+    while value(server.scrape(), "winemon_worker_starts_total") < 6:
+        predict(server, wine, 5)
+        answered += 5
+        assert served(server.scrape()) == answered
+        assert answered < 1000
     assert not first & server.workers
     assert len(list(server.metrics.glob("counter_*.db"))) <= 4
+
+
+def test_no_client_is_cut_off_by_reloads_and_recycling(start: Start, wine: dict[str, Any]) -> None:
+    server = start(WINEMON_MAX_REQUESTS="60")
+    request = post(json.dumps(wine).encode())
+
+    async def disturb() -> Tally:
+        stop = asyncio.Event()
+        clients = asyncio.create_task(crowd(server.port, request, 30, 0.5, stop))
+        for _ in range(3):
+            await asyncio.sleep(1)
+            old = server.workers
+            server.signal(signal.SIGHUP)
+            while old & server.workers:
+                await asyncio.sleep(0.1)
+        stop.set()
+        return await clients
+
+    tally = asyncio.run(disturb())
+    assert tally.failures == []
+    assert tally.answered > 100
+    assert served(server.scrape()) == tally.answered
+    assert value(server.scrape(), "winemon_worker_starts_total") >= 8
+
+
+def test_connections_spread_over_the_workers(start: Start) -> None:
+    server = start()
+
+    def connections() -> list[int]:
+        """How many connections each worker has."""
+        return [number - 1 for number in array("q", (server.metrics / "board").read_bytes()) if number]
+
+    wait_for(lambda: connections() == [0, 0])
+    for _ in range(20):
+        burst = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(16)]
+        wait_for(lambda: sum(connections()) == 16)
+        assert min(connections()) >= 4
+        for connection in burst:
+            connection.close()
+        wait_for(lambda: connections() == [0, 0])
+
+
+def exchange(connection: socket.socket, sent: bytes) -> bytes:
+    """Send and receive until the server closes, or nothing comes for five seconds."""
+    connection.settimeout(5)
+    connection.sendall(sent)
+    received = b""
+    while part := connection.recv(65536):
+        received += part
+    return received
+
+
+def test_more_requests_at_once_than_allowed_are_refused_quickly_and_counted(
+    start: Start, wine: dict[str, Any]
+) -> None:
+    server = start(WINEMON_WORKERS="1", WINEMON_MAX_CONCURRENCY="4")
+    request = post(json.dumps(wine).encode())
+    clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
+    for client in clients:
+        client.sendall(request)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+    (worker,) = server.workers
+    os.kill(worker, signal.SIGSTOP)
+    for client in clients:
+        client.sendall(request)
+    os.kill(worker, signal.SIGCONT)
+    answers = [client.recv(65536) for client in clients]
+    refused = [answer for answer in answers if answer.startswith(b"HTTP/1.1 503")]
+    assert len(refused) >= 10
+    assert all(b"retry-after: 1" in answer and b"connection: close" in answer for answer in refused)
+    samples = server.scrape()
+    assert value(samples, "winemon_overload_total") == len(refused)
+    assert served(samples) == 40 - len(refused)
+
+
+def test_more_connections_than_allowed_are_refused(start: Start) -> None:
+    server = start(WINEMON_WORKERS="1", WINEMON_MAX_CONNECTIONS="5")
+    clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
+    answers = []
+    for client in clients:
+        client.sendall(b"GET /healthcheck HTTP/1.1\r\nHost: x\r\n\r\n")
+        answers.append(client.recv(65536).split()[1])
+    assert sorted(answers) == [b"200"] * 5 + [b"503"] * 3
+    for client in clients:
+        client.close()
+    wait_for(lambda: server.request("GET", "/healthcheck")[0] == 200)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [b"POST /pre", b"POST /predict HTTP/1.1\r\nHost: x\r\n", post(b"{}")[:-1]],
+    ids=["line", "head", "body"],
+)
+def test_a_client_that_dawdles_is_told_and_closed(start: Start, part: bytes) -> None:
+    server = start(WINEMON_REQUEST_TIMEOUT="1")
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        assert exchange(client, part).startswith(b"HTTP/1.1 408 ")
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"GET /healthcheck HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        time.sleep(3)  # idle is not slow
+        client.sendall(b"GET /healthcheck HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_an_oversized_body_is_answered_though_it_is_not_read(start: Start) -> None:
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        assert exchange(client, post(b" " * 1_500_000)).startswith(b"HTTP/1.1 413 ")
 
 
 def test_counters_never_go_down_under_load(start: Start, wine: dict[str, Any]) -> None:
@@ -270,8 +380,11 @@ def test_a_new_master_goes_on_with_the_counts_of_the_old(start: Start, wine: dic
         wait_for(lambda: not Path(f"/proc/{new}").exists())
 
 
-def test_the_master_never_imports_the_application(start: Start) -> None:
-    server = start()
-    mapped = Path(f"/proc/{server.process.pid}/maps").read_text()
-    assert "pydantic_core" not in mapped
-    assert "sklearn" not in mapped
+def test_the_configuration_never_imports_the_application(tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys; sys.path.insert(0, sys.argv[1]);"
+        "runpy.run_path(sys.argv[1] + '/app/gunicorn.conf.py');"
+        "sys.exit(any(name.split('.')[0] in ('app', 'sklearn', 'numpy') for name in sys.modules))"
+    )
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program, ROOT], env=environment, check=True)
