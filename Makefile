@@ -75,7 +75,27 @@ urls: .venv/ansible/.synced ## one line a console: name, URL, user, password fil
 verify: .venv/ansible/.synced ## check a provisioned machine from here
 	@$(PLAYBOOK) ansible/verify.yml
 
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+.PHONY: test check lint
+test: ## everything: lint, unit, rules, end to end on a throw-away machine; prints the time of each stage
+	@tests/run packages lint unit rules e2e
+
+check: ## the part of it that needs no machine
+	@tests/run packages lint unit rules
+
+lint: ## the linters alone
+	@tests/run packages lint
+
+# Debian's promtool without its Prometheus, which would start on this computer.
+build/tools/promtool:
+	@mkdir -p build/tools/deb
+	@cd build/tools/deb && { apt-get -qq download promtool || apt-get -qq download prometheus; } 2>/dev/null
+	@cd build/tools/deb && dpkg-deb --extract *.deb . && mv usr/bin/promtool ..
+	@rm -r build/tools/deb
+
 .PHONY: clean
 clean: down ## remove the machine, its base, environments, artifacts and build output
 	@sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; $$sudo rm -rf .machines
-	@rm -rf .venv build artifacts .mypy_cache .ruff_cache .pytest_cache .ansible inventory/current inventory/local/secrets
+	@rm -rf .venv build artifacts .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible .coverage* inventory/current
+	@echo "Kept: inventory/*/secrets"

@@ -1,0 +1,150 @@
+"""A throw-away machine for the end-to-end tests: built bare, removed at the end, also after a failure."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import testinfra
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "e2e"
+INVENTORY = Path(__file__).parent / "inventory"
+UNITS = ("winemon-api", "winemon-locust", "winemon-locust-worker@1", "prometheus", "winemon-firewall")
+
+
+class Site:
+    """The machine of the inventory, as its user sees it: plays, a shell over SSH, and HTTP from here."""
+
+    name = "winemon-e2e"
+    address = "10.213.1.2"
+
+    def __init__(self) -> None:
+        self.plays = 0
+        self.ssh_config = BUILD / "ssh_config"
+        machines = ROOT / ".machines"
+        self.ssh_config.write_text(
+            f"Host {self.name}\n  HostName {self.address}\n  User debian\n  ConnectTimeout 2\n"
+            f"  IdentityFile {machines / 'id_ed25519'}\n  UserKnownHostsFile {machines / 'known_hosts'}\n"
+        )
+        self.reconnect()
+
+    def reconnect(self) -> None:
+        """Talk over new connections."""
+        self.client = httpx.Client(trust_env=False, timeout=10)
+
+    def play(self, playbook: str, *options: str) -> str:
+        """Run a playbook, keep its output under build/e2e/, and return it; the test fails with the play."""
+        self.plays += 1
+        log = BUILD / f"{self.plays:02}-{Path(playbook).stem}.log"
+        command = [str(ROOT / ".venv/ansible/bin/ansible-playbook"), "-i", str(INVENTORY), playbook, *options]
+        with log.open("w") as file:
+            status = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        output = log.read_text()
+        if status:
+            pytest.fail(
+                f"{playbook} {' '.join(options)} failed ({log}):\n" + "\n".join(output.splitlines()[-60:])
+            )
+        return output
+
+    def changed(self, output: str) -> int:
+        """Return how many tasks changed the machine, from a play's recap."""
+        found = re.search(rf"^{self.name} +: ok=\d+ +changed=(\d+)", output, re.MULTILINE)
+        assert found, output[-2000:]
+        return int(found[1])
+
+    def ssh(self, command: str) -> "subprocess.CompletedProcess[str]":
+        """Run a command on the machine as the user who logs in."""
+        return subprocess.run(
+            ["ssh", "-F", self.ssh_config, self.name, command], capture_output=True, text=True, check=False
+        )
+
+    def run(self, command: str) -> str:
+        """Run a command on the machine as root and return what it prints."""
+        result = self.ssh(f"sudo sh -c {shlex.quote(command)}")
+        assert result.returncode == 0, f"{command}: {result.stderr}{result.stdout}"
+        return result.stdout.strip()
+
+    def host(self) -> Any:
+        """Return testinfra's view of the machine."""
+        return testinfra.get_host(f"ssh://{self.name}", ssh_config=str(self.ssh_config), sudo=True)
+
+    def secret(self, name: str) -> tuple[str, str]:
+        """Return user and password of a console."""
+        return "admin", (BUILD / "secrets" / name).read_text().strip()
+
+    def api(self, path: str) -> str:
+        """Return the URL of a route of the API."""
+        return f"http://{self.address}:5000{path}"
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """Return what Prometheus answers to an expression."""
+        answer = self.client.get(
+            f"http://{self.address}:9090/api/v1/query",
+            params={"query": expression},
+            auth=self.secret("prometheus"),
+        )
+        answer.raise_for_status()
+        result: list[dict[str, Any]] = answer.json()["data"]["result"]
+        return result
+
+    def eventually(self, expression: str, seconds: float = 60) -> float:
+        """Return the one value of an expression as soon as Prometheus has it."""
+        deadline = time.monotonic() + seconds
+        while not (result := self.query(expression)):
+            assert time.monotonic() < deadline, f"Prometheus has nothing for {expression}"
+            time.sleep(1)
+        return float(result[0]["value"][1])
+
+
+def host_state() -> dict[str, str]:
+    """Return all of this computer that a machine could leave something in."""
+
+    def output(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    return {
+        "interfaces": "\n".join(sorted(link["ifname"] for link in json.loads(output("ip", "-json", "link")))),
+        "mounts": "\n".join(
+            line for line in Path("/proc/mounts").read_text().splitlines() if "winemon" in line
+        ),
+        "nftables": output("nft", "list", "tables"),
+        "network namespaces": output("ip", "netns", "list"),
+        "processes": subprocess.run(
+            ["pgrep", "-af", "winemon-e2e"], capture_output=True, text=True, check=False
+        ).stdout,
+    }
+
+
+@pytest.fixture(scope="session")
+def site(request: pytest.FixtureRequest) -> Iterator[Site]:
+    """Build the machine, bare at first; every test goes on from where the one before it left it."""
+    if os.geteuid() != 0:
+        pytest.fail("Machines are built as root: run `sudo make test`.")
+    shutil.rmtree(BUILD, ignore_errors=True)
+    BUILD.mkdir(parents=True)
+    site = Site()
+    options = ["-e", f"winemon_machine_debian={os.environ.get('DEBIAN', '13')}"]
+    # A machine that a killed run left behind would not be bare.
+    site.play("ansible/machine.yml", *options, "-e", "winemon_machine_state=absent")
+    before = host_state()
+    try:
+        site.play("ansible/machine.yml", *options)
+        yield site
+        if request.session.testsfailed:
+            units = " ".join(f"-u {unit}" for unit in UNITS)
+            print(site.run(f"systemctl --failed; journalctl --no-pager -n 200 {units}"))  # noqa: T201
+    finally:
+        site.client.close()
+        site.play("ansible/machine.yml", *options, "-e", "winemon_machine_state=absent")
+    assert host_state() == before, "the machine left something behind"

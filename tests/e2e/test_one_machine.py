@@ -1,0 +1,228 @@
+"""The story of one machine: bare, provisioned, provisioned again, used, attacked, rebooted."""
+
+import contextlib
+import csv
+import json
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import BUILD, ROOT, Site
+
+with (ROOT / "loadtest" / "wines.csv").open(newline="") as _file:
+    WINES = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(_file)]
+
+PREDICTIONS = "fastapi_monitoring_regression_model_output_count"
+
+
+def sample(text: str, name: str) -> float:
+    """Return the value of a metric without labels in an exposition."""
+    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name + " "))
+
+
+def test_check_mode_passes_on_a_bare_machine_and_leaves_it_bare(site: Site) -> None:
+    site.play("site.yml", "--check")
+    assert site.run("ls /opt; getent passwd winemon || true") == ""
+
+
+def test_site_provisions_the_bare_machine(site: Site) -> None:
+    assert site.changed(site.play("site.yml")) > 0
+
+
+def test_a_second_run_changes_nothing(site: Site) -> None:
+    assert site.changed(site.play("site.yml")) == 0
+
+
+def test_a_third_run_removes_only_the_rule_that_does_not_ship(site: Site) -> None:
+    site.run("echo 'groups: []' >/etc/prometheus/rules/old.yml")
+    assert site.changed(site.play("site.yml")) == 2  # the file, and Prometheus' reload
+    assert "old.yml" not in site.run("ls /etc/prometheus/rules")
+
+
+def test_verify_finds_everything_up(site: Site) -> None:
+    site.play("ansible/verify.yml")
+
+
+def test_a_prediction_is_what_training_said_and_names_its_model(site: Site) -> None:
+    manifest = json.loads(site.run("cat /opt/winemon/current/artifacts/manifest.json"))
+    for row in manifest["samples"]:
+        answer = site.client.post(site.api("/predict"), json=row["wine"])
+        assert answer.json()["quality"] == pytest.approx(row["quality"], abs=1e-9)
+        assert answer.headers["X-Model-Version"] == manifest["version"]
+
+
+@pytest.mark.parametrize("value", ["very", None, -1, "NaN", [], True])
+def test_bad_input_gets_422_with_the_fields_name(site: Site, value: Any) -> None:
+    answer = site.client.post(site.api("/predict"), json={**WINES[0], "alcohol_pct_vol": value})
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"][-1] == "alcohol_pct_vol"
+
+
+def test_every_request_is_counted_once_even_when_a_worker_is_killed(site: Site) -> None:
+    def count() -> float:
+        return sample(site.client.get(site.api("/metrics")).text, PREDICTIONS)
+
+    start = count()
+    for wine in WINES[:60]:
+        site.client.post(site.api("/predict"), json=wine).raise_for_status()
+    assert count() == start + 60
+    master = site.run("systemctl show --property=MainPID --value winemon-api")
+    victim, *others = site.run(f"pgrep -P {master}").split()
+    site.run(f"kill -9 {victim}")
+    deadline = time.monotonic() + 30
+    while len(site.run(f"pgrep -P {master}").split()) <= len(others):
+        assert time.monotonic() < deadline, "the killed worker was not replaced"
+        time.sleep(0.2)
+    site.reconnect()  # the killed worker's connection is gone
+    assert count() == start + 60
+    for wine in WINES[:40]:
+        site.client.post(site.api("/predict"), json=wine).raise_for_status()
+    assert [count() for _ in range(5)] == [start + 100] * 5
+
+
+def test_a_model_that_was_tampered_with_is_refused_and_said(site: Site) -> None:
+    model = "/opt/winemon/current/artifacts/model.joblib"
+    site.run(f"cp -p {model} /root/model.joblib")
+    try:
+        site.run(f"printf x >>{model} && systemctl restart winemon-api")
+        answer = await_status(site, "/ready", 503)
+        assert "model.joblib" in answer
+        assert site.client.get(site.api("/healthcheck")).status_code == 200
+        assert site.client.post(site.api("/predict"), json=WINES[0]).status_code == 503
+        assert sample(site.client.get(site.api("/metrics")).text, "winemon_artifact_refused_total") > 0
+    finally:
+        site.run(f"mv /root/model.joblib {model} && systemctl restart winemon-api")
+    await_status(site, "/ready", 200)
+
+
+def await_status(site: Site, path: str, status: int) -> str:
+    """Return the answer as soon as it has this status."""
+    deadline = time.monotonic() + 30
+    while (answer := site.client.get(site.api(path))).status_code != status:
+        assert time.monotonic() < deadline, f"{path} says {answer.status_code}: {answer.text}"
+        time.sleep(0.2)
+    return answer.text
+
+
+@pytest.mark.parametrize(
+    ("port", "path", "secret"), [(9090, "/api/v1/status/config", "prometheus"), (8089, "/", "locust")]
+)
+def test_consoles_ask_for_their_generated_password(site: Site, port: int, path: str, secret: str) -> None:
+    url = f"http://{site.address}:{port}{path}"
+    assert site.client.get(url).status_code == 401
+    assert site.client.get(url, auth=("admin", "admin")).status_code == 401
+    assert site.client.get(url, auth=site.secret(secret)).status_code == 200
+
+
+def test_secrets_are_nobody_elses_business(site: Site) -> None:
+    folder = BUILD / "secrets"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
+    passwords = [site.secret(name)[1] for name in ("prometheus", "locust")]
+    logs = "".join(log.read_text() for log in BUILD.glob("*.log")) + site.run("journalctl --no-pager")
+    for password in passwords:
+        assert password not in logs
+        readable = site.run(f"grep -rlsF -- {password} /etc /opt /run /var/lib || true").split()
+        assert readable, "the password is nowhere on the machine"
+        assert all(site.run(f"stat -c %A {path}")[7:] == "---" for path in readable), readable
+
+
+@contextlib.contextmanager
+def stranger() -> Iterator[list[str]]:
+    """Yield the start of a command that runs on another host of the machine's network."""
+    name, link = "winemon-e2e-strg", "vb-e2e-strg"
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("link", "set", link, "master", "winemon1", "up")
+        ip("-n", name, "address", "add", "10.213.1.99/24", "dev", "eth0")
+        ip("-n", name, "link", "set", "eth0", "up")
+        yield ["ip", "netns", "exec", name]
+    finally:
+        ip("netns", "delete", name)
+
+
+def test_the_firewall_lets_strangers_reach_ssh_and_nothing_else_of_ours(site: Site) -> None:
+    reaches = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
+    with stranger() as shell:
+        result = {
+            port: subprocess.run(
+                [*shell, "/usr/bin/python3", "-c", reaches, site.address, str(port)],
+                capture_output=True,
+                check=False,
+            ).returncode
+            for port in (22, 5000, 8089, 9090, 9100)
+        }
+    assert result == {22: 0, 5000: 1, 8089: 1, 9090: 1, 9100: 1}
+    assert site.client.get(site.api("/healthcheck")).status_code == 200
+
+
+def test_firewalls_of_others_are_left_alone(site: Site) -> None:
+    site.run("nft add table inet theirs && systemctl restart winemon-firewall")
+    assert "table inet theirs" in site.run("nft list tables")
+    site.run("nft delete table inet theirs")
+
+
+def test_our_units_are_hardened(site: Site) -> None:
+    units = site.run(
+        "systemctl list-units --type=service --plain --no-legend 'winemon-*' | cut -d' ' -f1"
+    ).split()
+    assert {"winemon-api.service", "winemon-locust.service", "winemon-locust-worker@1.service"} <= set(units)
+    for unit in units:
+        verdict = site.run(f"systemd-analyze security --no-pager {unit} | tail -n 1")
+        assert float(verdict.split(":")[1].split()[0]) <= 2.5, verdict
+
+
+def test_services_run_as_users_without_rights(site: Site) -> None:
+    host = site.host()
+    for unit, user in [
+        ("winemon-api", "winemon"),
+        ("winemon-locust", "winemon"),
+        ("prometheus", "prometheus"),
+    ]:
+        pid = site.run(f"systemctl show --property=MainPID --value {unit}")
+        process = host.process.get(pid=int(pid))
+        assert process.user == user
+    assert host.file("/opt/winemon/current").is_symlink
+    assert host.file("/opt/winemon/current/app/main.py").user == "root"
+
+
+def test_load_is_served_and_seen_from_both_sides(site: Site) -> None:
+    site.play("ansible/loadtest.yml", "-e", "loadtest_users=10", "-e", "loadtest_seconds=10")
+    assert site.eventually("sum(winemon_locust_requests_total) > 50") > 50
+    assert (
+        site.eventually('sum(fastapi_monitoring_http_requests_total{handler="/predict",status="2xx"}) > 50')
+        > 50
+    )
+
+
+def test_prometheus_runs_on_rules_that_load_and_only_the_watchdog_fires(site: Site) -> None:
+    rules = site.client.get(
+        f"http://{site.address}:9090/api/v1/rules", auth=site.secret("prometheus")
+    ).json()["data"]["groups"]
+    assert {rule["health"] for group in rules for rule in group["rules"]} == {"ok"}
+    assert {result["metric"]["alertname"] for result in site.query('ALERTS{alertstate="firing"}')} <= {
+        "Watchdog"
+    }
+
+
+def test_everything_comes_back_after_a_reboot_and_nothing_is_lost(site: Site) -> None:
+    before = site.eventually(f"max_over_time({PREDICTIONS}[1h])")
+    boot = site.run("cat /proc/sys/kernel/random/boot_id; uptime -s")
+    site.ssh("sudo reboot")
+    time.sleep(3)
+    deadline = time.monotonic() + 60
+    while site.ssh("true").returncode:
+        assert time.monotonic() < deadline, "the machine does not come back"
+    assert site.run("cat /proc/sys/kernel/random/boot_id; uptime -s") != boot
+    site.play("ansible/verify.yml")
+    assert site.eventually(f"max_over_time({PREDICTIONS}[1h])") >= before
+    assert site.run("systemctl --failed --no-legend") == ""
