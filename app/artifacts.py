@@ -18,7 +18,15 @@ from pydantic import (
     model_validator,
 )
 
-from app.contract import ARTIFACT_FILES, BASELINE_FILE, FEATURE_NAMES, MANIFEST_FILE, MANIFEST_FORMAT, TARGET
+from app.contract import (
+    ARTIFACT_FILES,
+    BASELINE_FILE,
+    COMPILED_FILE,
+    FEATURE_NAMES,
+    MANIFEST_FILE,
+    MANIFEST_FORMAT,
+    TARGET,
+)
 
 _T = TypeVar("_T")
 
@@ -105,6 +113,8 @@ class Artifacts:
     manifest: Manifest
     baseline: Baseline
     files: dict[str, bytes]
+    compiled: Path | None
+    """The verified shared library, where training made one."""
 
     def unpickle(self, name: str) -> Any:
         """Return the object in the verified joblib file of that name.
@@ -141,7 +151,11 @@ def load(directory: Path) -> Artifacts:
     baseline = _parse(BASELINE_FILE, lambda: Baseline.model_validate(json.loads(files[BASELINE_FILE])))
     if set(baseline.features) != set(FEATURE_NAMES):
         raise ArtifactError(f"{BASELINE_FILE}: its features are not those of the API")
-    return Artifacts(manifest, baseline, files)
+    compiled = None
+    if COMPILED_FILE in manifest.artifacts:
+        compiled = directory / COMPILED_FILE
+        _verified(compiled, manifest.artifacts[COMPILED_FILE])
+    return Artifacts(manifest, baseline, files, compiled)
 
 
 def _verified(path: Path, digest: _Digest | None) -> bytes:

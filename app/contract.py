@@ -42,7 +42,10 @@ MODEL_FILE: Final = "model.joblib"
 BASELINE_FILE: Final = "baseline.json"
 MANIFEST_FILE: Final = "manifest.json"
 ARTIFACT_FILES: Final = (SCALER_FILE, MODEL_FILE, BASELINE_FILE)
-"""The files that the manifest vouches for, by SHA-256 and size."""
+"""The files that the manifest always vouches for, by SHA-256 and size."""
+
+COMPILED_FILE: Final = "model.so"
+"""The scaler and model as machine code, vouched for where there is one; without it scikit-learn serves."""
 
 MANIFEST_FORMAT: Final = 1
 """Layout version of the manifest; a reader refuses any other."""

@@ -91,11 +91,11 @@ class Service:
         body = b'{"qualities":[%b]}' % ",".join(map(repr, qualities)).encode()
         return 200, [*self._headers, _length(body)], body
 
-    def healthcheck(self) -> Liveness:
+    async def healthcheck(self) -> Liveness:
         """Answer 200 while the process serves."""
         return Liveness(status="ok")
 
-    def ready(self) -> Response:
+    async def ready(self) -> Response:
         """Answer 200 where the model predicts the manifest's samples as training did, else 503 and why."""
         reason = self._reason
         if self._predictor is not None and self._manifest is not None:
@@ -104,7 +104,7 @@ class Service:
         readiness = Readiness(ready=reason is None, version=version, reason=reason)
         return JSONResponse(readiness.model_dump(), 200 if readiness.ready else 503)
 
-    def model(self) -> Response:
+    async def model(self) -> Response:
         """Show the model card: what is served and what is known about it."""
         if self._manifest is None:
             status, headers, body = self._unavailable()

@@ -21,15 +21,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.preprocessing import StandardScaler
 
-from app.contract import ARTIFACT_FILES, BASELINE_FILE, FEATURE_NAMES, FEATURES, MANIFEST_FILE
+from app.contract import ARTIFACT_FILES, BASELINE_FILE, COMPILED_FILE, FEATURE_NAMES, FEATURES, MANIFEST_FILE
 from app.schemas import EXAMPLE
+from training.compile import compile_forest
 
 ROOT = Path(__file__).parents[3]
 GUNICORN = Path(sys.executable).with_name("gunicorn")
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def make_artifacts(directory: Path, *, version: str = "1.0.0", seed: int = 0) -> Path:
+def make_artifacts(directory: Path, *, version: str = "1.0.0", seed: int = 0, compiled: bool = True) -> Path:
     """Train a small forest on invented wines and write it as training does."""
     directory.mkdir(parents=True)
     random = np.random.default_rng(seed)
@@ -41,6 +42,8 @@ def make_artifacts(directory: Path, *, version: str = "1.0.0", seed: int = 0) ->
     predictions = model.predict(scaler.transform(wines))
     joblib.dump(scaler, directory / "scaler.joblib")
     joblib.dump(model, directory / "model.joblib")
+    if compiled:
+        compile_forest(scaler, model, directory / COMPILED_FILE)
     columns = {**dict(zip(FEATURE_NAMES, wines.T, strict=True)), "quality": predictions}
     bins = {name: quartiles(column) for name, column in columns.items()}
     baseline = {"id": f"base{seed}", "quality": bins.pop("quality"), "features": bins}
@@ -88,7 +91,8 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
             "sha256": hashlib.sha256((directory / name).read_bytes()).hexdigest(),
             "size": (directory / name).stat().st_size,
         }
-        for name in ARTIFACT_FILES
+        for name in (*ARTIFACT_FILES, COMPILED_FILE)
+        if (directory / name).exists()
     }
     (directory / MANIFEST_FILE).write_text(json.dumps(manifest))
 

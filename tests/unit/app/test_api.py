@@ -202,7 +202,7 @@ def test_ready_notices_a_model_that_changed_its_mind(
 ) -> None:
     client = Client(create_app(settings))
     monkeypatch.setattr(
-        "app.predictor.SklearnPredictor.predict_many", lambda _, rows: [float("nan")] * len(rows)
+        "app.predictor.CompiledPredictor.predict_many", lambda _, rows: [float("nan")] * len(rows)
     )
     response = client.get("/ready")
     assert response.status_code == 503

@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_harness import write_manifest
+from api_harness import make_artifacts, write_manifest
 
 from app.artifacts import ArtifactError, load
 from app.contract import FEATURE_NAMES
 from app.predictor import load_predictor
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return artifacts without a compiled form."""
+    return make_artifacts(tmp_path_factory.mktemp("plain") / "artifacts", compiled=False)
+
+
 @pytest.fixture
-def copy(artifacts: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(artifacts, tmp_path / "copy"))
+def copy(plain: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(plain, tmp_path / "copy"))
 
 
 def refusal(directory: Path) -> str:

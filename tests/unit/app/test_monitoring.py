@@ -61,7 +61,7 @@ def test_describes_the_model(client: Client, manifest: dict[str, Any]) -> None:
     assert value(samples, "winemon_model_info", **labels) == 1
     assert value(samples, "winemon_model_test_mse") == 0.25
     assert value(samples, "winemon_model_trained_timestamp_seconds") == 1767323045
-    assert value(samples, "winemon_model_compiled") == 0
+    assert value(samples, "winemon_model_compiled") == 1
     assert value(samples, "winemon_ready") == 1
 
 
@@ -161,7 +161,7 @@ def test_a_request_whose_handler_raises_is_a_500(
     settings: Settings, wine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Client(create_app(settings))
-    monkeypatch.setattr("app.predictor.SklearnPredictor.predict", lambda *_: 1 / 0)
+    monkeypatch.setattr("app.predictor.CompiledPredictor.predict", lambda *_: 1 / 0)
     assert client.post("/predict", json=wine).status_code == 500
     samples = scrape(client)
     labels = {"handler": "/predict", "method": "POST", "status": "5xx"}
@@ -304,3 +304,20 @@ def test_an_answer_that_breaks_off_is_counted_once(settings: Settings) -> None:
     name = "fastapi_monitoring_http_requests_total"
     assert value(samples, name, status="2xx", **labels) == 1
     assert value(samples, name, status="5xx", **labels) == 0
+
+
+def test_what_the_server_marks_as_too_much_is_refused_and_counted(settings: Settings) -> None:
+    app = create_app(settings)
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": [], "winemon.overload": True}
+    asyncio.run(app(scope, asyncio.Queue().get, send))
+    assert [message.get("status") for message in sent] == [503, None]
+    assert (b"retry-after", b"1") in sent[0]["headers"]
+    samples = scrape(Client(app))
+    assert value(samples, "winemon_overload_total") == 1
+    labels = {"handler": "none", "method": "POST", "status": "5xx"}
+    assert value(samples, "fastapi_monitoring_http_requests_total", **labels) == 1

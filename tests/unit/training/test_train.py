@@ -19,6 +19,7 @@ from sklearn.ensemble import ExtraTreesRegressor
 from app.contract import (
     ARTIFACT_FILES,
     BASELINE_FILE,
+    COMPILED_FILE,
     FEATURE_NAMES,
     MANIFEST_FILE,
     MANIFEST_FORMAT,
@@ -30,7 +31,7 @@ from training.dataset import CANONICAL_FILE, prepare
 from training.evaluate import predict
 
 ROOT = Path(__file__).parents[3]
-FILES = {*ARTIFACT_FILES, MANIFEST_FILE}
+FILES = {*ARTIFACT_FILES, COMPILED_FILE, MANIFEST_FILE}
 SMALL = ExtraTreesRegressor(n_estimators=3, min_samples_leaf=20, random_state=1)
 
 
@@ -112,7 +113,7 @@ def test_manifest_vouches_for_the_artifacts(small: Path) -> None:
     assert set(files) == FILES
     assert manifest["artifacts"] == {
         name: {"sha256": hashlib.sha256(files[name]).hexdigest(), "size": len(files[name])}
-        for name in ARTIFACT_FILES
+        for name in FILES - {MANIFEST_FILE}
     }
     assert manifest["format"] == MANIFEST_FORMAT
     identity = hashlib.sha256(files[SCALER_FILE] + files[MODEL_FILE]).hexdigest()[:8]
