@@ -35,10 +35,11 @@ class Site:
             f"Host {self.name}\n  HostName {self.address}\n  User debian\n  ConnectTimeout 2\n"
             f"  IdentityFile {machines / 'id_ed25519'}\n  UserKnownHostsFile {machines / 'known_hosts'}\n"
         )
-        self.reconnect()
+        self.client = httpx.Client(trust_env=False, timeout=10)
 
     def reconnect(self) -> None:
         """Talk over new connections."""
+        self.client.close()
         self.client = httpx.Client(trust_env=False, timeout=10)
 
     def play(self, playbook: str, *options: str) -> str:

@@ -205,11 +205,16 @@ def test_load_is_served_and_seen_from_both_sides(site: Site) -> None:
 
 
 def test_prometheus_runs_on_rules_that_load_and_only_the_watchdog_fires(site: Site) -> None:
-    rules = site.client.get(
-        f"http://{site.address}:9090/api/v1/rules", auth=site.secret("prometheus")
-    ).json()["data"]["groups"]
-    assert {rule["health"] for group in rules for rule in group["rules"]} == {"ok"}
-    assert {result["metric"]["alertname"] for result in site.query('ALERTS{alertstate="firing"}')} <= {
+    def health() -> set[str]:
+        url = f"http://{site.address}:9090/api/v1/rules"
+        groups = site.client.get(url, auth=site.secret("prometheus")).json()["data"]["groups"]
+        return {rule["health"] for group in groups for rule in group["rules"]}
+
+    deadline = time.monotonic() + 90
+    while health() != {"ok"}:  # a rule is unknown until its first evaluation
+        assert time.monotonic() < deadline, health()
+        time.sleep(1)
+    assert {alert["metric"]["alertname"] for alert in site.query('ALERTS{alertstate="firing"}')} <= {
         "Watchdog"
     }
 
