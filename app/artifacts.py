@@ -65,7 +65,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     format: int
-    version: str
+    version: str = Field(pattern="^[!-~]+$")  # it is sent as a header
     code_version: str
     trained_at: AwareDatetime
     algorithm: str

@@ -3,19 +3,22 @@
 import gzip
 import json
 import logging
-from functools import partial
+from array import array
+from itertools import chain
+from time import perf_counter
 from typing import Any, Final, cast
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from app.artifacts import ArtifactError, Manifest, load
 from app.contract import FEATURES
-from app.monitoring import Monitor, MonitorMiddleware
+from app.monitoring import Monitor, Route
 from app.predictor import Predictor, disagreement, load_predictor
 from app.schemas import (
     Batch,
@@ -37,13 +40,13 @@ VERSION_HEADER: Final = "X-Model-Version"
 
 logger = logging.getLogger("uvicorn.error")
 
-Reply = tuple[int, list[tuple[bytes, bytes]], bytes]
-"""Status, headers and body of a response, as ASGI sends them."""
+Reply = tuple[int, bytes, bytes]
+"""Status, header lines and body of a response, ready to be sent."""
 
 Responses = dict[int | str, dict[str, Any]]
 """Documentation of the statuses of a route."""
 
-JSON: Final = (b"content-type", b"application/json")
+JSON: Final = b"content-type: application/json\r\n"
 MAX_PROBLEMS: Final = 50
 """Most problems named in one 422, so that a small bad request never makes a huge answer."""
 
@@ -56,7 +59,7 @@ class Service:
         self._manifest: Manifest | None = None
         self._predictor: Predictor | None = None
         self._reason: str | None = None
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._head = JSON
         try:
             artifacts = load(settings.artifacts_dir)
             self._predictor = load_predictor(artifacts)
@@ -66,8 +69,8 @@ class Service:
             logger.error("Refused the artifacts: %s", error)
             return
         self._manifest = artifacts.manifest
-        self._headers = [JSON, (VERSION_HEADER.lower().encode(), artifacts.manifest.version.encode())]
-        monitor.describe(artifacts.manifest, artifacts.baseline, compiled=self._predictor.compiled)
+        self._head = JSON + b"x-model-version: %b\r\n" % artifacts.manifest.version.encode()
+        monitor.describe(artifacts.manifest, artifacts.baseline, self._predictor)
 
     def predict(self, wine: Wine) -> Reply:
         """Predict the quality of one wine, on the tasters' scale of 0 to 10."""
@@ -75,21 +78,20 @@ class Service:
             return self._unavailable()
         row = tuple(wine.__dict__.values())
         quality = self._predictor.predict(row)
-        self._monitor.observe(row, quality)
+        self._monitor.observe(array("d", row), array("d", (quality,)))
         score = b"%a" % quality
         body = b'{"quality":%b}' % score
-        return 200, [*self._headers, _length(body), (b"x-model-score", score)], body
+        return 200, b"%bcontent-length: %d\r\nx-model-score: %b\r\n" % (self._head, len(body), score), body
 
     def predict_batch(self, batch: Batch) -> Reply:
         """Predict the qualities of up to 1,000 wines, in their order."""
         if self._predictor is None:
             return self._unavailable()
-        rows = [tuple(wine.__dict__.values()) for wine in batch.samples]
-        qualities = self._predictor.predict_many(rows)
-        for row, quality in zip(rows, qualities, strict=True):
-            self._monitor.observe(row, quality)
-        body = b'{"qualities":[%b]}' % ",".join(map(repr, qualities)).encode()
-        return 200, [*self._headers, _length(body)], body
+        wines = array("d", chain.from_iterable([wine.__dict__.values() for wine in batch.samples]))
+        qualities = self._predictor.predict_many(wines)
+        self._monitor.observe(wines, qualities)
+        body = b'{"qualities":%b}' % to_json(qualities.tolist())
+        return 200, b"%bcontent-length: %d\r\n" % (self._head, len(body)), body
 
     async def healthcheck(self) -> Liveness:
         """Answer 200 while the process serves."""
@@ -107,8 +109,8 @@ class Service:
     async def model(self) -> Response:
         """Show the model card: what is served and what is known about it."""
         if self._manifest is None:
-            status, headers, body = self._unavailable()
-            return Response(body, status, {name.decode(): value.decode() for name, value in headers})
+            status, head, body = self._unavailable()
+            return Response(body, status, {name.decode(): value.decode() for name, value in _headers(head)})
         units = zip(FEATURES, self._manifest.features, strict=True)
         card = ModelCard(
             features=[
@@ -141,11 +143,11 @@ class Service:
         return "none" if self._manifest is None else self._manifest.version
 
     def _unavailable(self) -> Reply:
-        return _refuse(503, f"no model: {self._reason}", (b"retry-after", b"10"))
+        return _refuse(503, f"no model: {self._reason}", b"retry-after: 10\r\n")
 
 
 class JsonRoute(APIRoute):
-    """A route of one JSON body, read, limited and validated in one pass; FastAPI documents it like any other.
+    """A route of one JSON body, which is read, limited and validated in one pass; FastAPI only documents it.
 
     Its endpoint takes the validated model and returns the whole reply.
     """
@@ -156,21 +158,12 @@ class JsonRoute(APIRoute):
         body = cast(type[BaseModel], self.body_field.field_info.annotation)
         self._validate = body.__pydantic_validator__.validate_json
         self._max_body_bytes = max_body_bytes
-        self.app = self._serve
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await self._read(receive)
-        except ClientDisconnect:
-            return
-        status, headers, content = self._reply(scope, body)
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
-
-    def _reply(self, scope: Scope, body: bytes | None) -> Reply:
+    def reply(self, scope: Scope, body: bytes | None) -> Reply:
+        """Answer a request whose whole body was read, or None where it is too long."""
         if body is None:
             limit = f"the body is longer than {self._max_body_bytes} bytes"
-            return _refuse(413, limit, (b"connection", b"close"))
+            return _refuse(413, limit, b"connection: close\r\n")
         media_type = encoding = b""
         for name, value in scope["headers"]:
             if name == b"content-type":
@@ -191,7 +184,7 @@ class JsonRoute(APIRoute):
         reply: Reply = self.endpoint(model)
         return reply
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    async def read(self, receive: Receive) -> bytes | None:
         """Read the whole body; None where it is longer than the limit, whatever its Content-Length claims.
 
         Some of what is beyond the limit is read and dropped: closing on unread data would reset the
@@ -211,6 +204,54 @@ class JsonRoute(APIRoute):
         return body if len(body) <= self._max_body_bytes else None
 
 
+class Api(FastAPI):
+    """FastAPI, but for its JSON routes: those are served and counted in one pass, without its layers."""
+
+    def __init__(self, monitor: Monitor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._monitor = monitor
+        self._json_routes: dict[str, tuple[JsonRoute, Route]] = {}
+
+    def add_json_route(self, route: JsonRoute) -> None:
+        """Serve and document a JSON route."""
+        self.router.routes.append(route)
+        self._json_routes[route.path] = route, self._monitor.route(route.path, "POST")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+            return
+        view, index = self._monitor.inprogress
+        view[index] += 1.0
+        try:
+            if "winemon.overload" in scope:
+                self._monitor.overload.inc()
+                await self._monitor.watch(_overloaded, scope, receive, send)
+            elif scope["method"] == "POST" and scope["path"] in self._json_routes:
+                await self._serve(*self._json_routes[scope["path"]], scope, receive, send)
+            else:
+                await self._monitor.watch(super().__call__, scope, receive, send)
+        finally:
+            view[index] -= 1.0
+
+    @staticmethod
+    async def _serve(route: JsonRoute, counts: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        started = perf_counter()
+        try:
+            body = await route.read(receive)
+        except ClientDisconnect:
+            return
+        received = 0 if body is None else len(body)
+        try:
+            reply = route.reply(scope, body)
+        except Exception:
+            counts.observe(500, perf_counter() - started, received, 0)
+            raise
+        counts.observe(reply[0], perf_counter() - started, received, len(reply[2]))
+        await _send(reply, scope, send)
+
+
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application of one worker, with the settings of the environment unless others are given."""
     settings = settings or Settings()
@@ -219,16 +260,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         [("/predict", "POST"), ("/predict/batch", "POST"), ("/healthcheck", "GET"), ("/ready", "GET")],
     )
     service = Service(settings, monitor)
-    app = FastAPI(
+    app = Api(
+        monitor,
         title="winemon",
         description="Predicts the quality of red wine from its physicochemical measurements.",
         version=service.version,
         redirect_slashes=False,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    app.add_middleware(MonitorMiddleware, monitor=monitor)
-    # FastAPI only calls what it asks to be a class.
-    json_route = cast(type[APIRoute], partial(JsonRoute, max_body_bytes=settings.max_body_bytes))
     refusals: Responses = {
         413: {"model": Refusal, "description": "The body is too long."},
         415: {"model": Refusal, "description": "The body is not plain application/json."},
@@ -249,14 +288,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         ("/predict", service.predict, Prediction, score),
         ("/predict/batch", service.predict_batch, Predictions, {VERSION_HEADER: score[VERSION_HEADER]}),
     ):
-        app.router.add_api_route(
+        route = JsonRoute(
             path,
             endpoint,
             methods=["POST"],
             response_model=response_model,
             responses={200: {"headers": headers}, **refusals},
-            route_class_override=json_route,
+            max_body_bytes=settings.max_body_bytes,
         )
+        app.add_json_route(route)
     unready: Responses = {503: {"model": Readiness, "description": "Not ready, and why."}}
     unavailable: Responses = {503: {"model": Refusal, "description": "No model is being served."}}
     app.add_api_route("/healthcheck", service.healthcheck)
@@ -266,13 +306,30 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def _length(body: bytes) -> tuple[bytes, bytes]:
-    return b"content-length", b"%d" % len(body)
+def _headers(head: bytes) -> list[tuple[bytes, bytes]]:
+    """Split header lines as ASGI wants them."""
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in head.splitlines())]
 
 
-def _refuse(status: int, detail: str, *headers: tuple[bytes, bytes]) -> Reply:
+async def _send(reply: Reply, scope: Scope, send: Send) -> None:
+    """Send a reply whole where the server can (see gunicorn.conf.py), else as ASGI says."""
+    status, head, body = reply
+    if "winemon.reply" in scope:
+        await send({"type": "winemon.reply", "status": status, "head": head, "body": body})
+        return
+    await send({"type": "http.response.start", "status": status, "headers": _headers(head)})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _overloaded(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await _send(
+        _refuse(503, "too many requests at once", b"retry-after: 1\r\nconnection: close\r\n"), {}, send
+    )
+
+
+def _refuse(status: int, detail: str, head: bytes = b"") -> Reply:
     body = json.dumps({"detail": detail}).encode()
-    return status, [JSON, _length(body), *headers], body
+    return status, b"%b%bcontent-length: %d\r\n" % (JSON, head, len(body)), body
 
 
 def _problems(error: ValidationError) -> Reply:
@@ -281,4 +338,4 @@ def _problems(error: ValidationError) -> Reply:
     body = json.dumps(
         {"detail": [{**problem, "loc": ["body", *problem["loc"]]} for problem in problems]}
     ).encode()
-    return 422, [JSON, _length(body)], body
+    return 422, b"%bcontent-length: %d\r\n" % (JSON, len(body)), body

@@ -6,12 +6,16 @@ killed worker loses nothing. The request path does not go through the client lib
 to its place in the mapped file, and counting is one store there.
 """
 
+import ctypes
 import json
 import mmap
 import os
 import struct
 from bisect import bisect_left, bisect_right
+from collections import Counter as Tally
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import cycle
 from math import inf, nextafter
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.artifacts import Baseline, Manifest
 from app.contract import MODEL_FILE
+from app.predictor import CompiledPredictor, Count, Numbers, Predictor
 from app.settings import Settings
 
 DURATION_BUCKETS: Final = (
@@ -47,8 +52,6 @@ DURATION_BUCKETS: Final = (
 QUALITY_BUCKETS: Final = (*(half / 2 for half in range(21)), inf)
 STATUSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
 
-_OVERLOADED: Final = [(b"content-length", b"0"), (b"retry-after", b"1"), (b"connection", b"close")]
-
 Cell = tuple["memoryview[float]", int]
 """Where a value lives: `view[index]` is a double in a file that every worker reads."""
 
@@ -68,7 +71,8 @@ class Monitor:
         self._views: dict[str, memoryview[float]] = {}
         self._model = b""
         self._bins: list[tuple[list[float], list[Cell]]] = []
-        self._routes: dict[tuple[str, str], _Route] = {}
+        self._routes: dict[tuple[str, str], Route] = {}
+        self._count: Count = self._count_here
 
         named: dict[str, Any] = {
             "namespace": settings.metrics_namespace,
@@ -119,9 +123,9 @@ class Monitor:
         self._unreadable.inc(set_aside)
         Counter("winemon_worker_starts_total", "Workers started.", registry=None).inc()
         for handler, method in handlers:
-            self._route(handler, method)
+            self.route(handler, method)
 
-    def describe(self, manifest: Manifest, baseline: Baseline, *, compiled: bool) -> None:
+    def describe(self, manifest: Manifest, baseline: Baseline, predictor: Predictor) -> None:
         """Expose the model that this worker serves, and count from now on into the bins of its baseline."""
         registry = CollectorRegistry()
         registry.register(_ModelCollector(manifest, baseline))
@@ -137,30 +141,67 @@ class Monitor:
             cells = [self._cell(counter.labels(feature, name, baseline.id)._value) for name in names]
             # The last bin holds its upper edge, so `above` begins at the next double.
             self._bins.append(([*bins.edges[:-1], nextafter(bins.edges[-1], inf)], cells))
-        self._state(ready=True, compiled=compiled)
+        if isinstance(predictor, CompiledPredictor):
+            cells = [cell for _, cells in self._bins for cell in cells]
+            self._count = predictor.counter([edges for edges, _ in self._bins], list(map(_address, cells)))
+        self._state(ready=True, compiled=predictor.compiled)
 
     def refuse(self) -> None:
         """Count artifacts that were refused, and show that this worker serves no model."""
         self._refused.inc()
         self._state(ready=False, compiled=False)
 
-    def observe(self, row: Sequence[float], quality: float) -> None:
-        """Count one served wine: each of its eleven values and its predicted quality into their bins."""
-        for (edges, cells), value in zip(self._bins, (*row, quality), strict=True):
-            view, index = cells[bisect_right(edges, value)]
-            view[index] += 1.0
-        self._output.observe(quality)
+    def observe(self, wines: "Numbers[float]", qualities: "Numbers[float]") -> None:
+        """Count served wines: each value, and each predicted quality, into its bin."""
+        self._count(wines, qualities)
+        self._output.observe_many(qualities)
 
-    def request(self, scope: Scope, response: Message, seconds: float) -> None:
-        """Count one request as its response starts, so that whoever has an answer is in the next scrape."""
-        matched = scope.get("route")
-        key = ("none" if matched is None else matched.path, scope["method"])
-        route = self._routes.get(key) or self._route(*key)
-        view, index = route.statuses[response["status"] // 100 - 1]
-        view[index] += 1.0
-        route.durations.observe(seconds)
-        route.request_sizes.observe(_content_length(scope["headers"]))
-        route.response_sizes.observe(_content_length(response["headers"]))
+    def _count_here(self, wines: "Numbers[float]", qualities: "Numbers[float]") -> None:
+        """Count as the compiled code does, where there is none."""
+        *features, (edges, cells) = self._bins
+        for value, (bounds, places) in zip(wines, cycle(features), strict=False):
+            view, index = places[bisect_right(bounds, value)]
+            view[index] += 1.0
+        for quality in qualities:
+            view, index = cells[bisect_right(edges, quality)]
+            view[index] += 1.0
+
+    def route(self, handler: str, method: str) -> "Route":
+        """Return the counts of a route and method, which exist from then on."""
+        key = (handler, method)
+        if key not in self._routes:
+            self._routes[key] = Route(
+                [self._cell(self._requests.labels(*key, status)._value) for status in STATUSES],
+                self._distribution(self._durations.labels(*key)),
+                self._distribution(self._request_sizes.labels(handler)),
+                self._distribution(self._response_sizes.labels(handler)),
+            )
+        return self._routes[key]
+
+    async def watch(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one HTTP request with `app`, and count it as its answer starts, or as it fails."""
+        started = perf_counter()
+        counted = False
+
+        def count(status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
+            nonlocal counted
+            counted = True
+            matched = scope.get("route")
+            route = self.route("none" if matched is None else matched.path, scope["method"])
+            sizes = _content_length(scope["headers"]), _content_length(headers)
+            route.observe(status, perf_counter() - started, *sizes)
+
+        async def observe(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                count(message["status"], message["headers"])
+            await send(message)
+
+        try:
+            await app(scope, receive, observe)
+        except Exception:
+            if not counted:
+                count(500, [])
+            raise
 
     def scrape(self) -> bytes:
         """Expose the counts of all workers, and the model of this one."""
@@ -179,15 +220,6 @@ class Monitor:
             ),
         ):
             Gauge(name, documentation, registry=None, multiprocess_mode="livemin").set(state)
-
-    def _route(self, handler: str, method: str) -> "_Route":
-        route = self._routes[handler, method] = _Route(
-            [self._cell(self._requests.labels(handler, method, status)._value) for status in STATUSES],
-            self._distribution(self._durations.labels(handler, method)),
-            self._distribution(self._request_sizes.labels(handler)),
-            self._distribution(self._response_sizes.labels(handler)),
-        )
-        return route
 
     def _distribution(self, child: Histogram | Summary) -> "_Distribution":
         if isinstance(child, Histogram):
@@ -221,11 +253,21 @@ class _Distribution:
         view, index = self._counts[bisect_left(self._bounds, amount)]
         view[index] += 1.0
 
+    def observe_many(self, amounts: Sequence[float]) -> None:
+        if len(amounts) == 1:
+            self.observe(amounts[0])
+            return
+        view, index = self._sum
+        view[index] += sum(amounts)
+        for bucket, count in Tally(map(partial(bisect_left, self._bounds), amounts)).items():
+            view, index = self._counts[bucket]
+            view[index] += count
 
-class _Route:
-    """The bound HTTP metrics of one route and method."""
 
-    __slots__ = ("durations", "request_sizes", "response_sizes", "statuses")
+class Route:
+    """The HTTP metrics of one route and method."""
+
+    __slots__ = ("_durations", "_request_sizes", "_response_sizes", "_statuses")
 
     def __init__(
         self,
@@ -234,49 +276,18 @@ class _Route:
         request_sizes: _Distribution,
         response_sizes: _Distribution,
     ) -> None:
-        self.statuses = statuses
-        self.durations = durations
-        self.request_sizes = request_sizes
-        self.response_sizes = response_sizes
+        self._statuses = statuses
+        self._durations = durations
+        self._request_sizes = request_sizes
+        self._response_sizes = response_sizes
 
-
-class MonitorMiddleware:
-    """Counts each HTTP request once, and refuses those that the server marks as too many."""
-
-    def __init__(self, app: ASGIApp, monitor: Monitor) -> None:
-        self._app = app
-        self._monitor = monitor
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = perf_counter()
-        counted = False
-
-        async def count(message: Message) -> None:
-            nonlocal counted
-            if message["type"] == "http.response.start":
-                counted = True
-                self._monitor.request(scope, message, perf_counter() - started)
-            await send(message)
-
-        view, index = self._monitor.inprogress
+    def observe(self, status: int, seconds: float, received: float, sent: float) -> None:
+        """Count one request: before its answer is sent, so that whoever has that is in the next scrape."""
+        view, index = self._statuses[status // 100 - 1]
         view[index] += 1.0
-        try:
-            if "winemon.overload" in scope:
-                self._monitor.overload.inc()
-                await count({"type": "http.response.start", "status": 503, "headers": _OVERLOADED})
-                await count({"type": "http.response.body", "body": b""})
-                return
-            await self._app(scope, receive, count)
-        except Exception:
-            if not counted:
-                self._monitor.request(scope, {"status": 500, "headers": []}, perf_counter() - started)
-            raise
-        finally:
-            view[index] -= 1.0
+        self._durations.observe(seconds)
+        self._request_sizes.observe(received)
+        self._response_sizes.observe(sent)
 
 
 class _ModelCollector(Collector):
@@ -353,6 +364,12 @@ def _set_aside_unreadable(directory: Path, slot: int) -> int:
     for path in unreadable:
         path.rename(path.with_suffix(".unreadable"))
     return len(unreadable)
+
+
+def _address(cell: Cell) -> int:
+    """Return where a cell is in memory; its mapping is never moved, and lives as long as the worker."""
+    view, index = cell
+    return ctypes.addressof(ctypes.c_char.from_buffer(view.cast("B"))) + 8 * index
 
 
 def _content_length(headers: Sequence[tuple[bytes, bytes]]) -> float:

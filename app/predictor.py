@@ -5,7 +5,7 @@ import logging
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from struct import Struct
 from typing import Any, Protocol
@@ -20,8 +20,17 @@ _ROW = Struct(f"{len(FEATURES)}d")
 Row = Sequence[float]
 """The eleven values of a wine in the contract's order."""
 
+Numbers = array  # of doubles: one quality after the other, or one wine's values after the other's
+
 TOLERANCE = 1e-9
 """How far a prediction may be from the one that training stored for the same wine."""
+
+
+class Count(Protocol):
+    """Counts values into bins, in compiled code; training/forest.c says how."""
+
+    def __call__(self, wines: "Numbers[float]", qualities: "Numbers[float]") -> None:
+        """Count each value of some wines and their qualities."""
 
 
 class Predictor(Protocol):
@@ -32,12 +41,12 @@ class Predictor(Protocol):
     def predict(self, row: Row) -> float:
         """Predict the quality of one wine."""
 
-    def predict_many(self, rows: Sequence[Row]) -> list[float]:
+    def predict_many(self, wines: "Numbers[float]") -> "Numbers[float]":
         """Predict the qualities of several wines, in their order."""
 
 
 class SklearnPredictor:
-    """The scaler and model as scikit-learn fitted them: exact by definition, half a millisecond a call."""
+    """The scaler and model as scikit-learn fitted them: exact by definition, milliseconds a call."""
 
     compiled = False
 
@@ -47,12 +56,12 @@ class SklearnPredictor:
 
     def predict(self, row: Row) -> float:
         """Predict the quality of one wine."""
-        return self.predict_many([row])[0]
+        return self.predict_many(array("d", row))[0]
 
-    def predict_many(self, rows: Sequence[Row]) -> list[float]:
+    def predict_many(self, wines: "Numbers[float]") -> "Numbers[float]":
         """Predict the qualities of several wines, in their order."""
-        qualities: list[float] = self._model.predict(self._scaler.transform(rows)).tolist()
-        return qualities
+        rows = memoryview(wines).cast("B").cast("d", (len(wines) // len(FEATURES), len(FEATURES)))
+        return array("d", self._model.predict(self._scaler.transform(rows)).tolist())
 
 
 class CompiledPredictor:
@@ -66,11 +75,15 @@ class CompiledPredictor:
     def __init__(self, library: Path) -> None:
         try:
             code = ctypes.CDLL(str(library.resolve()))
-            self._one, self._many = code.winemon_predict, code.winemon_predict_many
+            self._one, self._many, self._count = (
+                code.winemon_predict,
+                code.winemon_predict_many,
+                code.winemon_count,
+            )
         except (OSError, AttributeError) as error:
             raise ArtifactError(f"{library.name}: cannot be loaded: {error}") from error
         self._one.restype = ctypes.c_double
-        self._many.restype = None
+        self._many.restype = self._count.restype = None
         self._row = ctypes.create_string_buffer(_ROW.size)
         self._pack = partial(_ROW.pack_into, self._row, 0)
 
@@ -80,18 +93,37 @@ class CompiledPredictor:
         quality: float = self._one(self._row)
         return quality
 
-    def predict_many(self, rows: Sequence[Row]) -> list[float]:
+    def predict_many(self, wines: "Numbers[float]") -> "Numbers[float]":
         """Predict the qualities of several wines, in their order."""
-        wines = array("d", chain.from_iterable(rows))
-        qualities = array("d", bytes(8 * len(rows)))
-        addresses = [ctypes.c_void_p(numbers.buffer_info()[0]) for numbers in (wines, qualities)]
-        self._many(*addresses, ctypes.c_size_t(len(rows)))
-        return qualities.tolist()
+        count = len(wines) // len(FEATURES)
+        qualities = array("d", bytes(8 * count))
+        self._many(_address(wines), _address(qualities), ctypes.c_size_t(count))
+        return qualities
+
+    def counter(self, edges: Sequence[Sequence[float]], cells: Sequence[int]) -> Count:
+        """Return what counts wines and qualities between these edges at these addresses of doubles."""
+        flat = array("d", chain.from_iterable(edges))
+        ends = array("I", accumulate(map(len, edges)))
+        addresses = array("Q", cells)
+        fixed = (_address(flat), _address(ends), _address(addresses))
+        code = self._count
+
+        def count(
+            wines: "Numbers[float]", qualities: "Numbers[float]", _keep: Any = (flat, ends, addresses)
+        ) -> None:
+            code(_address(wines), _address(qualities), ctypes.c_size_t(len(qualities)), *fixed)
+
+        return count
+
+
+def _address(numbers: "array[Any]") -> ctypes.c_void_p:
+    return ctypes.c_void_p(numbers.buffer_info()[0])
 
 
 def disagreement(predictor: Predictor, samples: Sequence[Sample]) -> str | None:
     """Say how the predictor differs from what training stored of these wines; None where it does not."""
-    for sample, quality in zip(samples, predictor.predict_many([s.row for s in samples]), strict=True):
+    wines = array("d", chain.from_iterable(sample.row for sample in samples))
+    for sample, quality in zip(samples, predictor.predict_many(wines), strict=True):
         if not abs(quality - sample.quality) <= TOLERANCE:
             return f"predicts {quality!r} for a sample for which training predicted {sample.quality!r}"
     return None

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+from array import array
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,8 @@ def test_ready_notices_a_model_that_changed_its_mind(
 ) -> None:
     client = Client(create_app(settings))
     monkeypatch.setattr(
-        "app.predictor.CompiledPredictor.predict_many", lambda _, rows: [float("nan")] * len(rows)
+        "app.predictor.CompiledPredictor.predict_many",
+        lambda _, wines: array("d", [float("nan")] * (len(wines) // 11)),
     )
     response = client.get("/ready")
     assert response.status_code == 503

@@ -6,6 +6,7 @@ import json
 import struct
 from math import inf, nextafter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.contract import FEATURE_NAMES
 from app.main import create_app
-from app.monitoring import Monitor, MonitorMiddleware
+from app.monitoring import Monitor
+from app.schemas import EXAMPLE
 from app.settings import Settings
 
 
@@ -169,12 +171,12 @@ def test_a_request_whose_handler_raises_is_a_500(
     assert value(samples, "fastapi_inprogress") == 1
 
 
-def test_an_incredible_content_length_does_not_spoil_the_sum(client: Client, wine: dict[str, Any]) -> None:
-    for claim in ("99999999999999999999", "-5"):
-        client.post("/predict", content=json.dumps(wine), headers={"Content-Length": claim})
+def test_an_incredible_content_length_does_not_spoil_the_sum(client: Client) -> None:
+    for claim in ("99999999999999999999", "-5", "7"):
+        client.get("/healthcheck", headers={"Content-Length": claim})
     samples = scrape(client)
-    assert value(samples, "fastapi_monitoring_http_request_size_bytes_sum", handler="/predict") == 0
-    assert value(samples, "fastapi_monitoring_http_request_size_bytes_count", handler="/predict") == 2
+    assert value(samples, "fastapi_monitoring_http_request_size_bytes_sum", handler="/healthcheck") == 7
+    assert value(samples, "fastapi_monitoring_http_request_size_bytes_count", handler="/healthcheck") == 3
 
 
 def worker(settings: Settings, slot: int) -> Client:
@@ -261,10 +263,9 @@ def test_a_file_that_is_only_being_made_is_not_damage(settings: Settings) -> Non
 
 def test_counts_go_on_where_a_file_outgrows_its_mapping(settings: Settings) -> None:
     monitor = Monitor(settings)
-    for number in range(400):
-        monitor.request({"method": f"M{number}", "headers": []}, {"status": 200, "headers": []}, 0.1)
-    for number in range(400):
-        monitor.request({"method": f"M{number}", "headers": []}, {"status": 200, "headers": []}, 0.1)
+    for _ in range(2):
+        for number in range(400):
+            monitor.route("none", f"M{number}").observe(200, 0.1, 0, 0)
     assert (settings.metrics_dir / "counter_0.db").stat().st_size > 65536
     samples = parse(monitor.scrape().decode())
     for number in range(400):
@@ -274,7 +275,7 @@ def test_counts_go_on_where_a_file_outgrows_its_mapping(settings: Settings) -> N
 
 def test_our_stores_are_what_the_client_library_reads(settings: Settings) -> None:
     Monitor(settings).overload.inc()
-    Monitor(settings).request({"method": "GET", "headers": []}, {"status": 404, "headers": []}, 0.1)
+    Monitor(settings).route("none", "GET").observe(404, 0.1, 0, 0)
     content = {
         tuple(json.loads(key)[:2]): number
         for key, number, *_ in MmapedDict.read_all_values_from_file(settings.metrics_dir / "counter_0.db")
@@ -298,7 +299,7 @@ def test_an_answer_that_breaks_off_is_counted_once(settings: Settings) -> None:
     monitor = Monitor(settings)
     scope = {"type": "http", "method": "GET", "headers": []}
     with pytest.raises(ConnectionError):
-        asyncio.run(MonitorMiddleware(application, monitor)(scope, asyncio.Queue().get, send))
+        asyncio.run(monitor.watch(application, scope, asyncio.Queue().get, send))
     samples = parse(monitor.scrape().decode())
     labels = {"handler": "none", "method": "GET"}
     name = "fastapi_monitoring_http_requests_total"
@@ -321,3 +322,58 @@ def test_what_the_server_marks_as_too_much_is_refused_and_counted(settings: Sett
     assert value(samples, "winemon_overload_total") == 1
     labels = {"handler": "none", "method": "POST", "status": "5xx"}
     assert value(samples, "fastapi_monitoring_http_requests_total", **labels) == 1
+
+
+def test_a_worker_without_a_model_counts_its_refusals(tmp_path: Path, wine: dict[str, Any]) -> None:
+    client = Client(create_app(Settings(artifacts_dir=tmp_path / "none", metrics_dir=tmp_path)))
+    assert client.post("/predict", json=wine).status_code == 503
+    labels = {"handler": "/predict", "method": "POST", "status": "5xx"}
+    assert value(scrape(client), "fastapi_monitoring_http_requests_total", **labels) == 1
+
+
+def test_scikit_learn_counts_into_the_same_bins_as_compiled_code(tmp_path: Path) -> None:
+    random = Random(1)  # noqa: S311 - wines, not secrets
+    wines = [{name: number * random.uniform(0, 2) for name, number in EXAMPLE.items()} for _ in range(200)]
+    counts = []
+    for name, compiled in (("compiled", True), ("plain", False)):
+        directory = make_artifacts(tmp_path / name, compiled=compiled)
+        client = Client(
+            create_app(Settings(artifacts_dir=directory, metrics_dir=tmp_path / f"{name}-metrics"))
+        )
+        assert client.post("/predict/batch", json={"samples": wines}).status_code == 200
+        predict(client, wines[0])
+        samples = scrape(client)
+        assert value(samples, "winemon_model_compiled") == compiled
+        counts.append({key: count for key, count in samples.items() if key[0] == "winemon_feature_bin_total"})
+    assert counts[0] == counts[1]
+    assert sum(counts[0].values()) == 201 * 12
+
+
+def test_a_reply_is_sent_whole_where_the_server_can(settings: Settings, wine: dict[str, Any]) -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": json.dumps(wine).encode()}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers, "winemon.reply": True}
+    asyncio.run(create_app(settings)(scope, receive, send))
+    (reply,) = sent
+    assert (reply["type"], reply["status"]) == ("winemon.reply", 200)
+    assert b"content-length: %d\r\n" % len(reply["body"]) in reply["head"]
+
+
+def test_a_page_that_raises_is_a_500(settings: Settings) -> None:
+    async def application(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise ZeroDivisionError
+
+    monitor = Monitor(settings)
+    scope = {"type": "http", "method": "GET", "headers": []}
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(monitor.watch(application, scope, asyncio.Queue().get, asyncio.Queue().put))
+    labels = {"handler": "none", "method": "GET", "status": "5xx"}
+    name = "fastapi_monitoring_http_requests_total"
+    assert value(parse(monitor.scrape().decode()), name, **labels) == 1

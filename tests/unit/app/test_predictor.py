@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import joblib
@@ -31,11 +33,12 @@ def test_the_compiled_form_is_exact(artifacts: Path) -> None:
     )
     random = np.random.default_rng(1)
     rows = (np.array(list(EXAMPLE.values())) * random.uniform(0, 3, (2000, 11))).tolist()
-    expected = fitted.predict_many(rows)
-    assert compiled.predict_many(rows) == expected
-    assert [compiled.predict(row) for row in rows] == expected
+    flat = array("d", chain.from_iterable(rows))
+    expected = fitted.predict_many(flat)
+    assert compiled.predict_many(flat) == expected
+    assert array("d", map(compiled.predict, rows)) == expected
     assert fitted.predict(rows[0]) == expected[0]
-    assert compiled.predict_many([]) == []
+    assert compiled.predict_many(array("d")) == array("d")
 
 
 def test_serving_imports_no_scikit_learn(artifacts: Path, tmp_path: Path) -> None:

@@ -1,0 +1,467 @@
+"""Measure what serving costs: `python -m tests.bench [--rounds N] [--only WORD]`.
+
+Writes build/bench/bench.json (every figure with its rounds and its bound), table.md and plot.png, and exits 1
+naming what is outside its bound. CPU time is that of the server's process tree, from /proc: on a busy machine
+it is steadier than requests per second. Needs wrk (`apt install wrk`) and the artifacts of `make train`.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import joblib
+from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.preprocessing import StandardScaler
+
+from app.artifacts import load
+from app.predictor import load_predictor
+from app.schemas import EXAMPLE
+from tests.bench.clients import Tally, crowd, post
+from training.dataset import prepare
+
+ROOT = Path(__file__).parents[2]
+OUTPUT = ROOT / "build" / "bench"
+SECONDS = 3
+CONNECTIONS = 16
+WINE = json.dumps(EXAMPLE)
+BATCH = json.dumps({"samples": [EXAMPLE] * 1000})
+TICK = os.sysconf("SC_CLK_TCK")
+SERVICES = {
+    "winemon": ("app/gunicorn.conf.py", "app.main:create_app()"),
+    "unmetered": ("app/gunicorn.conf.py", "tests.bench.variants:unmetered()"),
+    "floor": ("app/gunicorn.conf.py", "tests.bench.variants:floor()"),
+    "limit": ("app/gunicorn.conf.py", "tests.bench.variants:limit()"),
+    "reference": (None, "tests.bench.reference:app"),
+}
+
+
+@dataclass
+class Figure:
+    """One measured figure: its rounds, their median, and the bound it is held to, if any."""
+
+    name: str
+    unit: str
+    rounds: list[float]
+    bound: float | None = None
+    at_least: bool = False
+    value: float = field(init=False)
+    ok: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Judge it."""
+        self.value = statistics.median(self.rounds)
+        if self.bound is None:
+            self.ok = True
+        else:
+            self.ok = self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+class Service:
+    """One service under gunicorn with two workers on a port of the loopback interface."""
+
+    def __init__(self, name: str, directory: Path, **environment: str) -> None:
+        if name == "reference":
+            environment["WINEMON_ARTIFACTS_DIR"] = str(train_reference(directory / "artifacts"))
+        configuration, application = SERVICES[name]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.metrics = directory / name
+        self.metrics.mkdir()
+        command = [Path(sys.executable).with_name("gunicorn"), application]
+        if configuration:
+            command += ["--config", configuration]
+        else:
+            command += ["--workers", "2", "--worker-class", "uvicorn_worker.UvicornWorker"]
+            command += ["--bind", f"127.0.0.1:{self.port}", "--no-control-socket"]
+        started = time.monotonic()
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "WINEMON_WORKERS": "2",
+                "WINEMON_BIND": f"127.0.0.1:{self.port}",
+                "PROMETHEUS_MULTIPROC_DIR": str(self.metrics),
+                **environment,
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not self.answers("/ready"):
+            if time.monotonic() > started + 60 or self.process.poll() is not None:
+                raise SystemExit(f"{name}: not ready; see what `{' '.join(map(str, command))}` says")
+            time.sleep(0.01)
+        self.ready_seconds = time.monotonic() - started
+
+    def answers(self, path: str) -> bool:
+        """Whether a GET of the path is answered 200."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5) as client:
+                client.sendall(f"GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n".encode())
+                answer = b""
+                while part := client.recv(65536):
+                    answer += part
+        except OSError:
+            return False
+        return answer.startswith(b"HTTP/1.1 200 ")
+
+    @property
+    def workers(self) -> list[int]:
+        """The process ids of the workers."""
+        pid = self.process.pid
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+    def cpu(self) -> float:
+        """CPU seconds that the master and its workers, dead ones too, have used."""
+        ticks = 0
+        for pid in (self.process.pid, *self.workers):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15] if pid == self.process.pid else fields[11:13]))
+        return ticks / TICK
+
+    def memory(self) -> float:
+        """Proportional set size of the master and its workers, in MB."""
+        total = 0
+        for pid in (self.process.pid, *self.workers):
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += int(re.search(r"^Pss: +(\d+) kB", rollup, re.MULTILINE)[1])  # type: ignore[index]
+        return total / 1000
+
+    def connections(self) -> list[int]:
+        """How many connections each worker has, from the board that the workers share."""
+        return [number - 1 for number in array("q", (self.metrics / "board").read_bytes()) if number]
+
+    def stop(self) -> None:
+        """Stop it."""
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def train_reference(directory: Path) -> Path:
+    """Fit the tutorial's model, with which scikit-learn is faster than with ours; return where it is."""
+    directory.mkdir()
+    training = prepare(None).training
+    scaler = StandardScaler().fit(training.features)
+    model = HistGradientBoostingRegressor(max_iter=50).fit(
+        scaler.transform(training.features), training.quality
+    )
+    joblib.dump(scaler, directory / "scaler.joblib")
+    joblib.dump(model, directory / "model.joblib")
+    return directory
+
+
+@contextmanager
+def service(name: str, **environment: str) -> Iterator[Service]:
+    """Run a service for the time of a `with`."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        running = Service(name, Path(directory), **environment)
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+@dataclass
+class Load:
+    """What one round of load saw and cost."""
+
+    cpu_ms: float
+    rate: float
+    p99_ms: float
+
+
+def load_with_wrk(target: Service, body: str, path: str = "/predict", seconds: int = SECONDS) -> Load:
+    """Send the same request over 16 keep-alive connections for some seconds; any failure ends the bench."""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(
+            f'wrk.method = "POST"\nwrk.body = [[{body}]]\nwrk.headers["Content-Type"] = "application/json"\n'
+        )
+        script.flush()
+        url = f"http://127.0.0.1:{target.port}{path}"
+        command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--latency", "-s", script.name, url]
+        before = target.cpu()
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        cpu = target.cpu() - before
+    if "Non-2xx" in output or "Socket errors" in output:
+        raise SystemExit(f"{url}: failed under load:\n{output}")
+    requests = int(re.search(r"(\d+) requests in", output)[1])  # type: ignore[index]
+    number, unit = re.search(r"99% +([\d.]+)(us|ms|s)\n", output).groups()  # type: ignore[union-attr]
+    p99 = float(number) * {"us": 0.001, "ms": 1, "s": 1000}[unit]
+    rate = float(re.search(r"Requests/sec: +([\d.]+)", output)[1])  # type: ignore[index]
+    return Load(cpu / requests * 1000, rate, p99)
+
+
+def serving(rounds: int) -> list[Figure]:
+    """Compare the services under load, rounds interleaved, and their memory and start."""
+    loads: dict[str, list[Load]] = {name: [] for name in SERVICES}
+    batches: list[Load] = []
+    memory: dict[str, list[float]] = {name: [] for name in SERVICES}
+    ready: list[float] = []
+    for number in range(rounds):
+        for name, seen in loads.items():
+            with service(name) as running:
+                load_with_wrk(running, WINE, seconds=1)
+                seen.append(load_with_wrk(running, WINE))
+                memory[name].append(running.memory())
+                say(f"round {number + 1}: {name} {seen[-1].cpu_ms:.3f} ms CPU, {seen[-1].rate:.0f}/s")
+                if name == "winemon":
+                    ready.append(running.ready_seconds)
+                    batches.append(load_with_wrk(running, BATCH, "/predict/batch"))
+
+    def ratio(above: str, below: str, get: Callable[[Load], float] = lambda load: load.cpu_ms) -> list[float]:
+        return [get(a) / get(b) for a, b in zip(loads[above], loads[below], strict=True)]
+
+    winemon = loads["winemon"]
+    return [
+        *(
+            Figure(f"cpu_ms_{name}", "ms/request", [load.cpu_ms for load in seen])
+            for name, seen in loads.items()
+        ),
+        *(Figure(f"rate_{name}", "requests/s", [load.rate for load in seen]) for name, seen in loads.items()),
+        *(Figure(f"p99_ms_{name}", "ms", [load.p99_ms for load in seen]) for name, seen in loads.items()),
+        Figure("cpu_winemon_to_limit", "ratio", ratio("winemon", "limit"), 1.15),
+        Figure("cpu_winemon_to_floor", "ratio", ratio("winemon", "floor"), 1.15),
+        Figure("cpu_winemon_to_reference", "ratio", ratio("winemon", "reference"), 1 / 6),
+        Figure(
+            "p99_winemon_to_reference",
+            "ratio",
+            ratio("winemon", "reference", lambda load: load.p99_ms),
+            1 / 4,
+        ),
+        Figure("cpu_metrics_on_to_off", "ratio", ratio("winemon", "unmetered"), 1.06),
+        Figure(
+            "batch_rows_per_cpu_to_single",
+            "ratio",
+            [one.cpu_ms * 1000 / many.cpu_ms for one, many in zip(winemon, batches, strict=True)],
+            30,
+            at_least=True,
+        ),
+        Figure("batch_cpu_us_per_row", "us", [many.cpu_ms for many in batches]),
+        *(
+            Figure(f"memory_pss_{name}", "MB", seen, 120 if name == "winemon" else None)
+            for name, seen in memory.items()
+        ),
+        Figure("ready_seconds", "s", ready, 1.5),
+    ]
+
+
+def predictor(rounds: int) -> list[Figure]:
+    """Time one row through the model, in this process."""
+    artifacts = load(ROOT / "artifacts")
+    loaded = load_predictor(artifacts)
+    rows = [sample.row for sample in artifacts.manifest.samples]
+
+    def once() -> None:
+        for row in rows:
+            loaded.predict(row)
+
+    times = [min(timeit.repeat(once, number=200, repeat=5)) / 200 / len(rows) * 1e6 for _ in range(rounds)]
+    return [Figure("predict_one_row_us", "us", times, 8)]
+
+
+def scraping(rounds: int, recycles: int) -> list[Figure]:
+    """Measure a scrape when the service is fresh and after many workers have come and gone."""
+
+    def cost(running: Service) -> float:
+        before = running.cpu()
+        for _ in range(200):
+            if not running.answers("/metrics"):
+                raise SystemExit("/metrics failed")
+        return (running.cpu() - before) / 200 * 1000
+
+    with service("winemon") as running:
+        load_with_wrk(running, WINE, seconds=1)
+        fresh = [cost(running) for _ in range(rounds)]
+        dead = 0
+        while dead < recycles:
+            before = running.workers
+            for pid in before:
+                os.kill(pid, signal.SIGKILL)
+            dead += len(before)
+            while len(set(running.workers) - set(before)) < 2 or not any(running.connections() or [0]) + 1:
+                time.sleep(0.01)
+            while len(running.connections()) < 2:
+                time.sleep(0.01)
+        load_with_wrk(running, WINE, seconds=1)
+        worn = [cost(running) for _ in range(rounds)]
+        files = len(list(running.metrics.glob("*.db")))
+    return [
+        Figure("scrape_cpu_ms", "ms", fresh),
+        Figure("scrape_worn_to_fresh", "ratio", [w / statistics.median(fresh) for w in worn], 1.2),
+        Figure("metric_files_after_recycles", "files", [files], 20),
+        Figure("recycles", "workers", [dead]),
+    ]
+
+
+def spreading(bursts: int) -> list[Figure]:
+    """Open bursts of 16 connections, and see that each worker gets its share of every one."""
+    least = []
+    with service("winemon") as running:
+        for _ in range(bursts):
+            while running.connections() != [0, 0]:
+                time.sleep(0.01)
+            burst = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(CONNECTIONS)]
+            while sum(running.connections()) < CONNECTIONS:
+                time.sleep(0.01)
+            least.append(min(running.connections()))
+            for connection in burst:
+                connection.close()
+    return [
+        Figure("least_connections_of_a_worker", "of 16", [min(least)], 4, at_least=True),
+        Figure("bursts", "bursts", [bursts]),
+    ]
+
+
+def leaving(recycles: int, reloads: int) -> list[Figure]:
+    """Replace workers under clients that pause 0 to 3 s, and count the requests that failed."""
+    tallies: list[Tally] = []
+    starts: list[int] = []
+
+    async def disturb(running: Service, until: Callable[[], bool], reloads: int) -> Tally:
+        stop = asyncio.Event()
+        clients = asyncio.create_task(crowd(running.port, post(WINE.encode()), 200, 3, stop))
+        for _ in range(reloads):
+            old = set(running.workers)
+            running.process.send_signal(signal.SIGHUP)
+            while old & set(running.workers):
+                await asyncio.sleep(0.05)
+        seen = set(running.workers)
+        while not until():
+            seen |= set(running.workers)
+            starts.append(len(seen))
+            await asyncio.sleep(0.05)
+        stop.set()
+        return await clients
+
+    with service("winemon") as running:
+        tallies.append(asyncio.run(disturb(running, lambda: True, reloads)))
+    with service("winemon", WINEMON_MAX_REQUESTS="100") as running:
+        tallies.append(asyncio.run(disturb(running, lambda: bool(starts) and starts[-1] > recycles + 2, 0)))
+    return [
+        Figure("failed_requests_over_reloads", f"of {tallies[0].answered}", [len(tallies[0].failures)], 0),
+        Figure("failed_requests_over_recycles", f"of {tallies[1].answered}", [len(tallies[1].failures)], 0),
+        Figure("reloads", "reloads", [reloads]),
+        Figure("recycled_workers", "workers", [starts[-1] - 2]),
+    ]
+
+
+def say(line: str) -> None:
+    """Tell a person who waits."""
+    sys.stderr.write(f"{line}\n")
+
+
+def machine() -> dict[str, str]:
+    """Describe where the figures are from."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    packages = (
+        "fastapi",
+        "pydantic",
+        "starlette",
+        "uvicorn",
+        "gunicorn",
+        "uvloop",
+        "httptools",
+        "scikit-learn",
+    )
+    return {
+        "processor": model[1] if model else platform.machine(),
+        "cores": str(os.cpu_count()),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_average": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+        **{package: version(package) for package in packages},
+    }
+
+
+def write(figures: list[Figure], where: dict[str, str]) -> str:
+    """Write the three files; return the table."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    content = {"machine": where, "figures": {figure.name: asdict(figure) for figure in figures}}
+    (OUTPUT / "bench.json").write_text(json.dumps(content, indent=2) + "\n")
+    lines = ["| figure | median | rounds | bound | |", "| --- | --- | --- | --- | --- |"]
+    for figure in figures:
+        spread = f"{min(figure.rounds):.3g} to {max(figure.rounds):.3g}"
+        bound = (
+            ""
+            if figure.bound is None
+            else f"{'at least' if figure.at_least else 'at most'} {figure.bound:.3g}"
+        )
+        verdict = "" if figure.bound is None else ("holds" if figure.ok else "**outside**")
+        lines.append(f"| {figure.name} | {figure.value:.4g} {figure.unit} | {spread} | {bound} | {verdict} |")
+    table = "\n".join(lines) + "\n"
+    (OUTPUT / "table.md").write_text(table)
+    plot(figures)
+    return table
+
+
+def plot(figures: list[Figure]) -> None:
+    """Draw CPU time a request of the services, each round a dot."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    shown = [figure for figure in figures if figure.name.startswith("cpu_ms_")]
+    axes = plt.figure(figsize=(8, 3.5), layout="constrained").subplots()
+    for place, figure in enumerate(shown):
+        axes.barh(place, figure.value, color="#7b2d43", alpha=0.75)
+        axes.plot(figure.rounds, [place] * len(figure.rounds), ".", color="black", markersize=4)
+    axes.set_yticks(range(len(shown)), [figure.name.removeprefix("cpu_ms_") for figure in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel("CPU time of the server, ms/request")
+    plt.savefig(OUTPUT / "plot.png", dpi=120)
+
+
+def main() -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure what serving costs.")
+    parser.add_argument("--rounds", type=int, default=5, help="of each service (default: %(default)s)")
+    parser.add_argument("--recycles", type=int, default=1000, help="workers killed (default: %(default)s)")
+    parser.add_argument("--only", choices=("serving", "predictor", "scraping", "spreading", "leaving"))
+    arguments = parser.parse_args()
+    if shutil.which("wrk") is None:
+        raise SystemExit("wrk is not installed: apt install wrk")
+    where = machine()
+    parts: dict[str, Callable[[], list[Figure]]] = {
+        "predictor": lambda: predictor(arguments.rounds),
+        "serving": lambda: serving(arguments.rounds),
+        "spreading": lambda: spreading(100),
+        "scraping": lambda: scraping(arguments.rounds, arguments.recycles),
+        "leaving": lambda: leaving(100, 20),
+    }
+    figures: list[Figure] = []
+    for name, measure in parts.items():
+        if arguments.only in (None, name):
+            figures += measure()
+    sys.stdout.write(write(figures, where))
+    outside = [figure.name for figure in figures if not figure.ok]
+    if outside:
+        say(f"outside their bound: {', '.join(outside)}")
+    return 1 if outside else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
