@@ -14,6 +14,7 @@ help: ## list the verbs
 # --- environments ---------------------------------------------------------------------------------------------------
 
 $(UV): requirements/uv.txt
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || ansible/debian-packages python3-venv
 	@$(PYTHON) -m venv --clear .venv/uv
 	@.venv/uv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@

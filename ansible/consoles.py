@@ -34,7 +34,7 @@ class Console:
 
 CONSOLES = (
     Console("API", "api", 5000, "winemon_api_port", "/docs", "/ready"),
-    Console("Prometheus", "monitoring", 9090, "prometheus_port", "/targets", "/-/ready", "prometheus"),
+    Console("Prometheus", "monitoring", 9090, "prometheus_port", "/classic/targets", "/-/ready", "prometheus"),
     Console("Locust", "loadtest", 8089, "locust_port", "/", "/metrics", "locust"),
 )
 
