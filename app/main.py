@@ -5,6 +5,7 @@ import json
 import logging
 from array import array
 from itertools import chain
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, cast
 
@@ -13,14 +14,15 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from app.artifacts import ArtifactError, Manifest, load
+from app.artifacts import ArtifactError, Baseline, Manifest, load
 from app.contract import FEATURES
 from app.monitoring import Monitor, Route
 from app.predictor import Predictor, disagreement, load_predictor
 from app.schemas import (
+    EXAMPLE,
     Batch,
     FeatureCard,
     Liveness,
@@ -35,6 +37,11 @@ from app.schemas import (
 from app.settings import Settings
 
 METRICS_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+PAGE: Final = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+PAGE_POLICY: Final = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 SCORE_HEADER: Final = "X-Model-Score"
 VERSION_HEADER: Final = "X-Model-Version"
 
@@ -60,6 +67,8 @@ class Service:
         self._predictor: Predictor | None = None
         self._reason: str | None = None
         self._head = JSON
+        self._consoles = settings.consoles
+        self.card: ModelCard | None = None
         try:
             artifacts = load(settings.artifacts_dir)
             self._predictor = load_predictor(artifacts)
@@ -69,6 +78,7 @@ class Service:
             logger.error("Refused the artifacts: %s", error)
             return
         self._manifest = artifacts.manifest
+        self.card = _card(artifacts.manifest, artifacts.baseline)
         self._head = JSON + b"x-model-version: %b\r\n" % artifacts.manifest.version.encode()
         monitor.describe(artifacts.manifest, artifacts.baseline, self._predictor)
 
@@ -108,25 +118,24 @@ class Service:
 
     async def model(self) -> Response:
         """Show the model card: what is served and what is known about it."""
-        if self._manifest is None:
+        if self.card is None:
             status, head, body = self._unavailable()
             return Response(body, status, {name.decode(): value.decode() for name, value in _headers(head)})
-        units = zip(FEATURES, self._manifest.features, strict=True)
-        card = ModelCard(
-            features=[
-                FeatureCard(
-                    name=feature.name,
-                    unit=feature.unit,
-                    minimum=feature.minimum,
-                    maximum=feature.maximum,
-                    trained_minimum=trained.minimum,
-                    trained_maximum=trained.maximum,
-                )
-                for feature, trained in units
-            ],
-            **self._manifest.model_dump(mode="json", include=ModelCard.model_fields.keys() - {"features"}),
+        return Response(self.card.model_dump_json(), media_type="application/json")
+
+    async def page(self) -> Response:
+        """Show a small page for people: try a wine, see the model card, find the other consoles."""
+        start = {
+            "card": self.card and self.card.model_dump(),
+            "example": EXAMPLE,
+            "consoles": self._consoles,
+            "reason": self._reason,
+        }
+        # Within a script element, so nothing in it may end that.
+        content = PAGE.replace("{{start}}", json.dumps(start).replace("<", "\\u003c"))
+        return HTMLResponse(
+            content, headers={"content-security-policy": PAGE_POLICY, "cache-control": "no-cache"}
         )
-        return Response(card.model_dump_json(), media_type="application/json")
 
     async def metrics(self, request: Request) -> Response:
         """Expose the metrics of all workers."""
@@ -302,6 +311,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_api_route("/healthcheck", service.healthcheck)
     app.add_api_route("/ready", service.ready, response_model=Readiness, responses=unready)
     app.add_api_route("/model", service.model, response_model=ModelCard, responses=unavailable)
+    app.add_api_route("/", service.page, include_in_schema=False)
     app.add_api_route("/metrics", service.metrics, include_in_schema=False)
     return app
 
@@ -309,6 +319,26 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def _headers(head: bytes) -> list[tuple[bytes, bytes]]:
     """Split header lines as ASGI wants them."""
     return [(name, value) for name, _, value in (line.partition(b": ") for line in head.splitlines())]
+
+
+def _card(manifest: Manifest, baseline: Baseline) -> ModelCard:
+    features = [
+        FeatureCard(
+            name=feature.name,
+            unit=feature.unit,
+            minimum=feature.minimum,
+            maximum=feature.maximum,
+            trained_minimum=trained.minimum,
+            trained_maximum=trained.maximum,
+            edges=baseline.features[feature.name].edges,
+            shares=baseline.features[feature.name].shares,
+        )
+        for feature, trained in zip(FEATURES, manifest.features, strict=True)
+    ]
+    return ModelCard(
+        features=features,
+        **manifest.model_dump(mode="json", include=ModelCard.model_fields.keys() - {"features"}),
+    )
 
 
 async def _send(reply: Reply, scope: Scope, send: Send) -> None:

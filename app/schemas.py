@@ -105,7 +105,7 @@ class Readiness(BaseModel):
 
 
 class FeatureCard(BaseModel):
-    """One input of the model: unit, physical bounds and the range it was trained on."""
+    """One input of the model: unit, physical bounds, the range and the quantiles it was trained on."""
 
     name: str
     unit: str
@@ -113,6 +113,8 @@ class FeatureCard(BaseModel):
     maximum: float | None
     trained_minimum: float
     trained_maximum: float
+    edges: list[float]
+    shares: list[float]
 
 
 class ModelCard(BaseModel):

@@ -33,5 +33,8 @@ class Settings(BaseSettings):
     metrics_subsystem: str = Field(default="monitoring", validation_alias=AliasChoices("METRICS_SUBSYSTEM"))
     """METRICS_SUBSYSTEM: second part of those names."""
 
+    consoles: dict[str, str] = {}
+    """WINEMON_CONSOLES: names and URLs of the other consoles, for the page at `/`, as a JSON object."""
+
     max_body_bytes: PositiveInt = 1024 * 1024
     """WINEMON_MAX_BODY_BYTES: a longer request body gets 413; a batch of 1,000 wines takes about 300 kB."""

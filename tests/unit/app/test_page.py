@@ -1,0 +1,117 @@
+"""The page at `/`, in headless Chromium."""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+from api_harness import Client, Server
+from playwright.sync_api import Page, expect, sync_playwright
+
+from app.main import create_app
+from app.settings import Settings
+
+CHROMIUM = shutil.which("chromium")
+NUMBER = re.compile(r"^\d\.\d\d$")
+
+
+@pytest.fixture
+def page(start: Callable[..., Server]) -> Iterator[tuple[Page, list[str]]]:
+    """Open the page of a running service; anything that the browser's console says fails the test."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed: apt install chromium")
+    server = start(WINEMON_CONSOLES='{"Grafana": "http://grafana.example:3000/"}', WINEMON_WORKERS="1")
+    said: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        expect(page.locator("#quality")).to_have_text(NUMBER)
+        yield page, said
+        browser.close()
+    assert said == []
+
+
+def test_a_changed_input_changes_the_prediction(page: tuple[Page, list[str]]) -> None:
+    browser, _ = page
+    before = browser.locator("#quality").inner_text()
+    browser.get_by_label("alcohol, %", exact=True).fill("14")
+    expect(browser.locator("#quality")).not_to_have_text(before)
+    expect(browser.locator("#quality")).to_have_text(NUMBER)
+    expect(browser.locator("#note")).to_have_text("by model 1.0.0")
+
+
+def test_a_slider_moves_by_keyboard(page: tuple[Page, list[str]]) -> None:
+    browser, _ = page
+    number = browser.get_by_label("alcohol, %", exact=True)
+    before, quality = number.input_value(), browser.locator("#quality").inner_text()
+    browser.get_by_label("alcohol, slider over the training range").focus()
+    browser.keyboard.press("End")
+    assert float(number.input_value()) > float(before)
+    expect(browser.locator("#quality")).not_to_have_text(quality)
+
+
+def test_says_how_unusual_a_value_is(page: tuple[Page, list[str]]) -> None:
+    browser, _ = page
+    number, says = browser.get_by_label("pH", exact=True), browser.locator("#ph-says")
+    expect(says).to_contain_text("usual: more than")
+    number.fill("5.2")
+    expect(says).to_contain_text("unusual: more than")
+    number.fill("13")
+    expect(says).to_contain_text("outside the training data; trained on")
+    expect(browser.locator("#quality")).to_have_text(NUMBER)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"), [("", "enter a number"), ("-1", "at least 0"), ("15", "at most 14")]
+)
+def test_says_what_is_wrong_with_a_value(page: tuple[Page, list[str]], typed: str, message: str) -> None:
+    browser, _ = page
+    number, says = browser.get_by_label("pH", exact=True), browser.locator("#ph-says")
+    number.fill(typed)
+    expect(says).to_contain_text(message)
+    expect(number).to_have_attribute("aria-invalid", "true")
+    expect(browser.locator("#quality")).to_have_text("\u2013")
+    number.fill("3.3")
+    expect(browser.locator("#quality")).to_have_text(NUMBER)
+
+
+def test_shows_what_the_service_finds_wrong(page: tuple[Page, list[str]]) -> None:
+    browser, said = page
+    browser.get_by_label("density, g/cm3", exact=True).fill("1e31")
+    expect(browser.locator("#density-says")).to_contain_text("Input should be less than or equal to")
+    expect(browser.locator("#quality")).to_have_text("\u2013")
+    assert [text for text in said if "422" not in text] == []
+    said.clear()  # the browser itself reports the refusal
+
+
+def test_shows_the_card_and_the_way_to_the_consoles(page: tuple[Page, list[str]]) -> None:
+    browser, _ = page
+    expect(browser.locator("#card")).to_contain_text("ExtraTreesRegressor")
+    expect(browser.get_by_role("link", name="Grafana")).to_have_attribute(
+        "href", "http://grafana.example:3000/"
+    )
+
+
+def test_fits_a_phone(page: tuple[Page, list[str]]) -> None:
+    browser, _ = page
+    browser.set_viewport_size({"width": 360, "height": 740})
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_takes_nothing_from_elsewhere_and_cannot_be_broken_out_of(settings: Settings) -> None:
+    hostile = {"</script><script>alert(1)</script>": "http://x/"}
+    response = Client(create_app(settings.model_copy(update={"consoles": hostile}))).get("/")
+    assert "</script><script>alert" not in response.text
+    assert response.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "src=" not in response.text
+
+
+def test_without_a_model_it_says_why(settings: Settings) -> None:
+    response = Client(create_app(settings.model_copy(update={"artifacts_dir": settings.metrics_dir}))).get(
+        "/"
+    )
+    assert response.status_code == 200
+    assert "No such file or directory" in response.text
