@@ -1,0 +1,49 @@
+"""What the OpenAPI document promises, tried with thousands of generated requests, good and bad."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given
+from hypothesis import settings as effort
+from schemathesis import GenerationMode
+
+from app.main import create_app
+from app.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def schema(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    metrics = tmp_path_factory.mktemp("schema")
+    app = create_app(Settings(artifacts_dir=artifacts, metrics_dir=metrics))
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+GOOD, BAD = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "mode", "cases"),
+    [
+        ("POST", "/predict", GOOD, 800),
+        ("POST", "/predict", BAD, 800),
+        ("POST", "/predict/batch", GOOD, 250),
+        ("POST", "/predict/batch", BAD, 250),
+        ("GET", "/healthcheck", GOOD, 1),
+        ("GET", "/ready", GOOD, 1),
+        ("GET", "/model", GOOD, 1),
+    ],
+)
+def test_answers_as_documented(schema: Any, method: str, path: str, mode: GenerationMode, cases: int) -> None:
+    tried = 0
+
+    @effort(max_examples=cases, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case) -> None:
+        nonlocal tried
+        tried += 1
+        case.call_and_validate()
+
+    check()
+    assert tried >= cases
