@@ -58,7 +58,9 @@ wheels: $(UV)
 DEBIAN ?= 13
 INVENTORY ?= inventory/current
 ANSIBLE := .venv/ansible/bin
-PLAYBOOK = $(ANSIBLE)/ansible-playbook $(if $(filter command line environment,$(origin INVENTORY)),-i $(INVENTORY))
+# The inventory of a verb: of the machine last made, or INVENTORY=...
+KNOWN = test -e $(INVENTORY) || { echo "No machine is known: make one with make up or vagrant up, or say INVENTORY=..."; exit 2; }
+PLAYBOOK = $(KNOWN); $(ANSIBLE)/ansible-playbook -i $(INVENTORY)
 
 .PHONY: up down status urls verify
 up: .venv/ansible/.synced ## a machine on this computer, provisioned, checked, with a table of URLs
@@ -71,7 +73,7 @@ status: .venv/ansible/.synced ## units, targets, alerts, live release
 	@$(PLAYBOOK) ansible/status.yml
 
 urls: .venv/ansible/.synced ## one line a console: name, URL, user, password file
-	@$(ANSIBLE)/python ansible/consoles.py urls
+	@$(KNOWN); ANSIBLE_INVENTORY=$(INVENTORY) $(ANSIBLE)/python ansible/consoles.py urls
 
 verify: .venv/ansible/.synced ## check a provisioned machine from here
 	@$(PLAYBOOK) ansible/verify.yml
