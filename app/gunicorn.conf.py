@@ -176,8 +176,7 @@ class LeavingServer(Server):
     """Accepts its share of the connections, and before it ends tells its clients to go elsewhere."""
 
     listening = False
-    patience = 0
-    turn = 0.0
+    waited = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start without uvicorn's listeners, which accept all there is however idle the other workers are."""
@@ -203,14 +202,14 @@ class LeavingServer(Server):
         """Accept one connection, unless a worker with fewer of them is about to."""
         loop = asyncio.get_running_loop()
         mine = _board[Connection.slot]
-        if any(0 < others < mine for others in _board) and loop.time() > self.turn:
-            # It is woken by the same event; should it be busy for long, this worker takes over for a while.
-            self.patience += 1
-            if self.patience <= 10:
+        if not any(0 < others < mine for others in _board):
+            self.waited = 0
+        elif self.waited < 1000:
+            # The same event woke it. Should it be busy, it gets 50 ms for each connection, and 1 s for all.
+            self.waited += 1
+            if self.waited % 50:
                 self._pause(0.001)
                 return
-            self.turn = loop.time() + 0.25
-        self.patience = 0
         try:
             connection, _ = sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -240,6 +239,7 @@ class LeavingServer(Server):
     async def on_tick(self, counter: int) -> bool:
         """Look after slow clients once a second."""
         if counter % 10 == 0:
+            self.waited = 0 if counter % 50 == 0 else self.waited
             now = time.monotonic()
             for connection in list(self.server_state.connections):
                 connection.close_if_stalled(now)
