@@ -145,8 +145,16 @@ def load_predictor(artifacts: Artifacts) -> Predictor:
         logger.warning("Serving with scikit-learn, more slowly, without %s: %s", COMPILED_FILE, error)
     else:
         return compiled
+    return load_fitted(artifacts)
+
+
+def load_fitted(artifacts: Artifacts) -> Predictor:
+    """Return the scikit-learn predictor of verified artifacts, proved on the manifest's samples.
+
+    Raises ArtifactError where it cannot be unpickled here or does not reproduce them.
+    """
     fitted = SklearnPredictor(artifacts.unpickle(SCALER_FILE), artifacts.unpickle(MODEL_FILE))
-    _prove(fitted, samples)
+    _prove(fitted, artifacts.manifest.samples)
     return fitted
 
 

@@ -18,6 +18,7 @@ from app.artifacts import load
 from app.main import create_app
 from app.predictor import CompiledPredictor, SklearnPredictor, load_predictor
 from app.schemas import EXAMPLE
+from app.selftest import main as selftest
 from app.settings import Settings
 
 
@@ -106,3 +107,22 @@ def test_a_compiled_form_that_was_tampered_with_is_refused(copy: Path) -> None:
 
 def test_chooses_the_compiled_form(artifacts: Path) -> None:
     assert load_predictor(load(artifacts)).compiled
+
+
+def test_the_self_test_proves_both_forms(
+    artifacts: Path, copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "app.selftest", artifacts]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "model 1.0.0 predicts 8 samples as training did; serves compiled\n"
+
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "model.so").unlink()
+    write_manifest(copy, manifest)
+    assert selftest(copy) == 0
+    assert capsys.readouterr().out.endswith("serves scikit-learn\n")
+
+    shutil.copy(make_artifacts(tmp_path / "other", seed=1) / "model.joblib", copy / "model.joblib")
+    write_manifest(copy, manifest)
+    assert selftest(copy) == 1
+    assert "model.joblib: predicts" in capsys.readouterr().err
