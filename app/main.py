@@ -10,11 +10,13 @@ from time import perf_counter
 from typing import Any, Final, cast
 
 from fastapi import FastAPI
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from app.artifacts import ArtifactError, Baseline, Manifest, load
@@ -275,6 +277,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Predicts the quality of red wine from its physicochemical measurements.",
         version=service.version,
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     refusals: Responses = {
@@ -313,7 +317,30 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_api_route("/model", service.model, response_model=ModelCard, responses=unavailable)
     app.add_api_route("/", service.page, include_in_schema=False)
     app.add_api_route("/metrics", service.metrics, include_in_schema=False)
+    document(app)
     return app
+
+
+def document(app: FastAPI) -> None:
+    """Add the pages of FastAPI that show the API, without the assets from the internet that they come with."""
+    assets, title = "/docs/assets", app.title
+    swagger = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title=title,
+        swagger_js_url="docs/assets/swagger-ui-bundle.js",
+        swagger_css_url="docs/assets/swagger-ui.css",
+        swagger_favicon_url="docs/assets/favicon.png",
+    )
+    redoc = get_redoc_html(
+        openapi_url="openapi.json",
+        title=title,
+        redoc_js_url="docs/assets/redoc.standalone.js",
+        redoc_favicon_url="docs/assets/favicon.png",
+        with_google_fonts=False,
+    )
+    app.add_api_route("/docs", lambda: swagger, response_class=HTMLResponse, include_in_schema=False)
+    app.add_api_route("/redoc", lambda: redoc, response_class=HTMLResponse, include_in_schema=False)
+    app.mount(assets, StaticFiles(packages=["fastapi_offline"]))
 
 
 def _headers(head: bytes) -> list[tuple[bytes, bytes]]:

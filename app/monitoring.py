@@ -13,8 +13,9 @@ import os
 import struct
 from bisect import bisect_left, bisect_right
 from collections import Counter as Tally
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from math import inf, nextafter
 from pathlib import Path
@@ -327,43 +328,83 @@ class _ModelCollector(Collector):
 
 
 class _SharedCollector(Collector):
-    """The sum over all workers' files; one that cannot be read is left out, and counted."""
+    """The sum over all workers' files; one that cannot be read is left out, and counted.
+
+    Counts are added up before their keys are looked at; the library does it the other way round. Here one
+    more slot costs next to nothing.
+    """
 
     def __init__(self, directory: Path, unreadable: Counter) -> None:
         self._directory = directory
         self._unreadable = unreadable
 
     def collect(self) -> Iterator[Metric]:
-        files = [str(path) for path in self._directory.glob("*.db")]
-        try:
-            metrics = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]  # the library has no types here
-        except _UNREADABLE:
-            # A file that a worker is creating at this moment is empty: it holds no counts yet.
-            readable = [file for file in files if _is_readable(file)]
-            self._unreadable.inc(sum(Path(file).stat().st_size > 0 for file in set(files) - set(readable)))
-            metrics = MultiProcessCollector.merge(readable)  # type: ignore[no-untyped-call]  # the library has no types here
-        yield from metrics
+        totals: dict[tuple[str, str], float] = defaultdict(float)
+        gauges = []
+        for path in sorted(self._directory.glob("*.db")):
+            kind = path.name.partition("_")[0]
+            try:
+                values = _read(path)
+            except FileNotFoundError:  # the gauges of a worker that has just ended
+                continue
+            except _UNREADABLE:
+                # A file that a worker is creating at this moment is empty: it holds no counts yet.
+                self._unreadable.inc(path.stat().st_size > 0)
+                continue
+            if kind == "gauge":
+                gauges.append(str(path))
+                continue
+            for key, value in values:
+                totals[kind, key] += value
+        families: dict[str, Metric] = {}
+        bucket = 0.0
+        for (kind, key), value in totals.items():
+            family, name, labels, documentation = _parse(key)
+            metric = families.setdefault(family, Metric(family, documentation, kind))
+            if "le" not in labels:
+                metric.add_sample(name, labels, value)
+                bucket = 0.0
+                continue
+            # A histogram's sum comes first in every file, then its buckets from the least to +Inf.
+            bucket += value
+            metric.add_sample(name, labels, bucket)
+            if labels["le"] == "+Inf":
+                rest = {label: text for label, text in labels.items() if label != "le"}
+                metric.add_sample(f"{family}_count", rest, bucket)
+        yield from families.values()
+        yield from MultiProcessCollector.merge(gauges)  # type: ignore[no-untyped-call]  # the library has no types here
 
 
 _UNREADABLE: Final = (OSError, RuntimeError, ValueError, struct.error)
 """What reading a damaged metric file raises: gone, cut short, or not its JSON or UTF-8."""
 
 
-def _is_readable(file: str) -> bool:
-    try:
-        for key, *_ in MmapedDict.read_all_values_from_file(file):  # type: ignore[no-untyped-call]  # the library has no types here
-            json.loads(key)
-    except _UNREADABLE:
-        return False
-    return True
+def _read(path: Path) -> list[tuple[str, float]]:
+    """Return the keys and values in a metric file; raises one of _UNREADABLE where it is damaged."""
+    file = MmapedDict.read_all_values_from_file(str(path))  # type: ignore[no-untyped-call]  # the library has no types here
+    values = [(key, value) for key, value, *_ in file]
+    for key, _ in values:
+        _parse(key)
+    return values
+
+
+@cache
+def _parse(key: str) -> tuple[str, str, dict[str, str], str]:
+    """Return a key's family, name, labels and documentation."""
+    family, name, labels, documentation = json.loads(key)
+    return family, name, labels, documentation
 
 
 def _set_aside_unreadable(directory: Path, slot: int) -> int:
     """Rename the slot's files that a worker could not continue; return how many."""
-    unreadable = [path for path in directory.glob(f"*_{slot}.db") if not _is_readable(str(path))]
-    for path in unreadable:
-        path.rename(path.with_suffix(".unreadable"))
-    return len(unreadable)
+    count = 0
+    for path in directory.glob(f"*_{slot}.db"):
+        try:
+            _read(path)
+        except _UNREADABLE:
+            path.rename(path.with_suffix(".unreadable"))
+            count += 1
+    return count
 
 
 def _address(cell: Cell) -> int:

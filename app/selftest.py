@@ -1,8 +1,8 @@
 """Prove artifacts where they are to be served: `python -m app.selftest [DIRECTORY]`.
 
-Serving with the compiled form never unpickles the model, so a deployment asks here, before it switches, whether
-the scikit-learn path would work on this machine too. Prints one line, and exits 1 where either disagrees with
-training.
+Serving with the compiled form never unpickles the model, so a deployment asks here, before it switches,
+whether the scikit-learn path would work on this machine too. Prints one line, and exits 1 where either
+disagrees with training.
 """
 
 import logging

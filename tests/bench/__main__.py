@@ -301,16 +301,20 @@ def scraping(rounds: int, recycles: int) -> list[Figure]:
             for pid in before:
                 os.kill(pid, signal.SIGKILL)
             dead += len(before)
-            while len(set(running.workers) - set(before)) < 2 or not any(running.connections() or [0]) + 1:
-                time.sleep(0.01)
-            while len(running.connections()) < 2:
+            while set(before) & set(running.workers) or len(running.connections()) < 2:
                 time.sleep(0.01)
         load_with_wrk(running, WINE, seconds=1)
         worn = [cost(running) for _ in range(rounds)]
+        old = set(running.workers)
+        running.process.send_signal(signal.SIGHUP)
+        while old & set(running.workers):
+            time.sleep(0.05)
+        reloaded = [cost(running) for _ in range(rounds)]
         files = len(list(running.metrics.glob("*.db")))
     return [
         Figure("scrape_cpu_ms", "ms", fresh),
         Figure("scrape_worn_to_fresh", "ratio", [w / statistics.median(fresh) for w in worn], 1.2),
+        Figure("scrape_reloaded_to_fresh", "ratio", [r / statistics.median(fresh) for r in reloaded], 1.2),
         Figure("metric_files_after_recycles", "files", [files], 20),
         Figure("recycles", "workers", [dead]),
     ]

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from api_harness import Client, make_artifacts, parse, value
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import Message, Receive, Scope, Send
 
 from app.contract import FEATURE_NAMES
@@ -377,3 +379,24 @@ def test_a_page_that_raises_is_a_500(settings: Settings) -> None:
     labels = {"handler": "none", "method": "GET", "status": "5xx"}
     name = "fastapi_monitoring_http_requests_total"
     assert value(parse(monitor.scrape().decode()), name, **labels) == 1
+
+
+def test_adds_up_as_the_client_library_does(settings: Settings, wine: dict[str, Any]) -> None:
+    for slot, times in ((0, 3), (1, 5), (10, 2)):
+        client = worker(settings, slot)
+        for _ in range(times):
+            predict(client, wine)
+            client.get(f"/{slot}")
+    ours = parse(Monitor(settings.model_copy(update={"slot": 11})).scrape().decode())
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(settings.metrics_dir))
+    assert ours == parse(generate_latest(registry).decode())
+    labels = {"handler": "/predict", "method": "POST", "status": "2xx"}
+    assert value(ours, "fastapi_monitoring_http_requests_total", **labels) == 10
+
+
+def test_a_file_that_goes_away_during_a_scrape_is_no_damage(settings: Settings) -> None:
+    client = worker(settings, 0)
+    (settings.metrics_dir / "gauge_livemin_7.db").symlink_to("gone")
+    assert value(scrape(client), "winemon_metrics_unreadable_total") == 0
+    assert value(scrape(client), "winemon_metrics_unreadable_total") == 0
