@@ -322,25 +322,24 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def document(app: FastAPI) -> None:
-    """Add the pages of FastAPI that show the API, without the assets from the internet that they come with."""
-    assets, title = "/docs/assets", app.title
+    """Add FastAPI's pages that show the API, with assets of a package instead of ones from the internet."""
     swagger = get_swagger_ui_html(
         openapi_url="openapi.json",
-        title=title,
+        title=app.title,
         swagger_js_url="docs/assets/swagger-ui-bundle.js",
         swagger_css_url="docs/assets/swagger-ui.css",
         swagger_favicon_url="docs/assets/favicon.png",
     )
     redoc = get_redoc_html(
         openapi_url="openapi.json",
-        title=title,
+        title=app.title,
         redoc_js_url="docs/assets/redoc.standalone.js",
         redoc_favicon_url="docs/assets/favicon.png",
         with_google_fonts=False,
     )
     app.add_api_route("/docs", lambda: swagger, response_class=HTMLResponse, include_in_schema=False)
     app.add_api_route("/redoc", lambda: redoc, response_class=HTMLResponse, include_in_schema=False)
-    app.mount(assets, StaticFiles(packages=["fastapi_offline"]))
+    app.mount("/docs/assets", StaticFiles(packages=[("fastapi_offline", "static")]))
 
 
 def _headers(head: bytes) -> list[tuple[bytes, bytes]]:

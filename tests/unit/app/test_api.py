@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import re
 from array import array
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -195,7 +196,16 @@ def test_documents_what_it_does(client: Client) -> None:
     assert schema["required"] == list(FEATURE_NAMES)
     assert schema["additionalProperties"] is False
     assert schema["properties"]["ph"]["maximum"] == 14
-    assert client.get("/docs").status_code == 200
+
+
+def test_the_documentation_needs_no_internet(client: Client) -> None:
+    for page in ("/docs", "/redoc"):
+        html = client.get(page).text
+        named = re.findall(r'(?:src|href)="([^"]+)"', html)
+        assert named
+        for asset in named:
+            assert asset.startswith("docs/assets/")
+            assert client.get(f"/{asset}").status_code == 200
 
 
 def test_ready_notices_a_model_that_changed_its_mind(
