@@ -34,7 +34,10 @@ class Console:
 
 CONSOLES = (
     Console("API", "api", 5000, "winemon_api_port", "/docs", "/ready"),
-    Console("Prometheus", "monitoring", 9090, "prometheus_port", "/classic/targets", "/-/ready", "prometheus"),
+    # Debian's Prometheus has the classic interface only.
+    Console(
+        "Prometheus", "monitoring", 9090, "prometheus_port", "/classic/targets", "/-/ready", "prometheus"
+    ),
     Console("Locust", "loadtest", 8089, "locust_port", "/", "/metrics", "locust"),
 )
 
