@@ -127,6 +127,8 @@ class Service:
     @property
     def workers(self) -> list[int]:
         """The process ids of the workers."""
+        if self.process.poll() is not None:
+            raise SystemExit("the service ended by itself")
         pid = self.process.pid
         return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
