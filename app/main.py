@@ -82,15 +82,14 @@ class Service:
         self._manifest = artifacts.manifest
         self.card = _card(artifacts.manifest, artifacts.baseline)
         self._head = JSON + b"x-model-version: %b\r\n" % artifacts.manifest.version.encode()
-        monitor.describe(artifacts.manifest, artifacts.baseline, self._predictor)
+        serve = monitor.describe(artifacts.manifest, artifacts.baseline, self._predictor)
+        self._serve, self._serve_many = serve
 
     def predict(self, wine: Wine) -> Reply:
         """Predict the quality of one wine, on the tasters' scale of 0 to 10."""
         if self._predictor is None:
             return self._unavailable()
-        row = tuple(wine.__dict__.values())
-        quality = self._predictor.predict(row)
-        self._monitor.observe(array("d", row), array("d", (quality,)))
+        quality = self._serve(wine.__dict__.values())
         score = b"%a" % quality
         body = b'{"quality":%b}' % score
         return 200, b"%bcontent-length: %d\r\nx-model-score: %b\r\n" % (self._head, len(body), score), body
@@ -100,8 +99,7 @@ class Service:
         if self._predictor is None:
             return self._unavailable()
         wines = array("d", chain.from_iterable([wine.__dict__.values() for wine in batch.samples]))
-        qualities = self._predictor.predict_many(wines)
-        self._monitor.observe(wines, qualities)
+        qualities = self._serve_many(wines)
         body = b'{"qualities":%b}' % to_json(qualities.tolist())
         return 200, b"%bcontent-length: %d\r\n" % (self._head, len(body)), body
 

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import struct
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter as Tally
 from collections import defaultdict
@@ -31,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.artifacts import Baseline, Manifest
 from app.contract import MODEL_FILE
-from app.predictor import CompiledPredictor, Count, Numbers, Predictor
+from app.predictor import CompiledPredictor, Many, Numbers, One, Predictor, Row
 from app.settings import Settings
 
 DURATION_BUCKETS: Final = (
@@ -73,7 +74,6 @@ class Monitor:
         self._model = b""
         self._bins: list[tuple[list[float], list[Cell]]] = []
         self._routes: dict[tuple[str, str], Route] = {}
-        self._count: Count = self._count_here
 
         named: dict[str, Any] = {
             "namespace": settings.metrics_namespace,
@@ -126,8 +126,11 @@ class Monitor:
         for handler, method in handlers:
             self.route(handler, method)
 
-    def describe(self, manifest: Manifest, baseline: Baseline, predictor: Predictor) -> None:
-        """Expose the model that this worker serves, and count from now on into the bins of its baseline."""
+    def describe(self, manifest: Manifest, baseline: Baseline, predictor: Predictor) -> tuple[One, Many]:
+        """Expose the model that this worker serves.
+
+        Return what predicts one wine, and several, and counts their values and qualities into the bins.
+        """
         registry = CollectorRegistry()
         registry.register(_ModelCollector(manifest, baseline))
         self._model = generate_latest(registry)
@@ -142,30 +145,45 @@ class Monitor:
             cells = [self._cell(counter.labels(feature, name, baseline.id)._value) for name in names]
             # The last bin holds its upper edge, so `above` begins at the next double.
             self._bins.append(([*bins.edges[:-1], nextafter(bins.edges[-1], inf)], cells))
+        self._state(ready=True, compiled=predictor.compiled)
         if isinstance(predictor, CompiledPredictor):
             cells = [cell for _, cells in self._bins for cell in cells]
-            self._count = predictor.counter([edges for edges, _ in self._bins], list(map(_address, cells)))
-        self._state(ready=True, compiled=predictor.compiled)
+            one, many = predictor.counting([edges for edges, _ in self._bins], list(map(_address, cells)))
+        else:
+            one, many = self._counting(predictor)
+
+        def serve(row: Row) -> float:
+            quality = one(row)
+            self._output.observe(quality)
+            return quality
+
+        def serve_many(wines: "Numbers[float]") -> "Numbers[float]":
+            qualities = many(wines)
+            self._output.observe_many(qualities)
+            return qualities
+
+        return serve, serve_many
 
     def refuse(self) -> None:
         """Count artifacts that were refused, and show that this worker serves no model."""
         self._refused.inc()
         self._state(ready=False, compiled=False)
 
-    def observe(self, wines: "Numbers[float]", qualities: "Numbers[float]") -> None:
-        """Count served wines: each value, and each predicted quality, into its bin."""
-        self._count(wines, qualities)
-        self._output.observe_many(qualities)
-
-    def _count_here(self, wines: "Numbers[float]", qualities: "Numbers[float]") -> None:
+    def _counting(self, predictor: Predictor) -> tuple[One, Many]:
         """Count as the compiled code does, where there is none."""
         *features, (edges, cells) = self._bins
-        for value, (bounds, places) in zip(wines, cycle(features), strict=False):
-            view, index = places[bisect_right(bounds, value)]
-            view[index] += 1.0
-        for quality in qualities:
-            view, index = cells[bisect_right(edges, quality)]
-            view[index] += 1.0
+
+        def many(wines: "Numbers[float]") -> "Numbers[float]":
+            qualities = predictor.predict_many(wines)
+            for value, (bounds, places) in zip(wines, cycle(features), strict=False):
+                view, index = places[bisect_right(bounds, value)]
+                view[index] += 1.0
+            for quality in qualities:
+                view, index = cells[bisect_right(edges, quality)]
+                view[index] += 1.0
+            return qualities
+
+        return lambda row: many(array("d", row))[0], many
 
     def route(self, handler: str, method: str) -> "Route":
         """Return the counts of a route and method, which exist from then on."""
@@ -255,9 +273,6 @@ class _Distribution:
         view[index] += 1.0
 
     def observe_many(self, amounts: Sequence[float]) -> None:
-        if len(amounts) == 1:
-            self.observe(amounts[0])
-            return
         view, index = self._sum
         view[index] += sum(amounts)
         for bucket, count in Tally(map(partial(bisect_left, self._bounds), amounts)).items():

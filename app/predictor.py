@@ -3,7 +3,7 @@
 import ctypes
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -17,7 +17,7 @@ logger = logging.getLogger("uvicorn.error")
 
 _ROW = Struct(f"{len(FEATURES)}d")
 
-Row = Sequence[float]
+Row = Collection[float]
 """The eleven values of a wine in the contract's order."""
 
 Numbers = array  # of doubles: one quality after the other, or one wine's values after the other's
@@ -26,11 +26,9 @@ TOLERANCE = 1e-9
 """How far a prediction may be from the one that training stored for the same wine."""
 
 
-class Count(Protocol):
-    """Counts values into bins, in compiled code; training/forest.c says how."""
-
-    def __call__(self, wines: "Numbers[float]", qualities: "Numbers[float]") -> None:
-        """Count each value of some wines and their qualities."""
+One = Callable[[Row], float]
+Many = Callable[["Numbers[float]"], "Numbers[float]"]
+"""What predicts one wine, and several."""
 
 
 class Predictor(Protocol):
@@ -75,14 +73,11 @@ class CompiledPredictor:
     def __init__(self, library: Path) -> None:
         try:
             code = ctypes.CDLL(str(library.resolve()))
-            self._one, self._many, self._count = (
-                code.winemon_predict,
-                code.winemon_predict_many,
-                code.winemon_count,
-            )
+            self._one, self._many = code.winemon_predict, code.winemon_predict_many
+            self._serve, self._count = code.winemon_serve, code.winemon_count
         except (OSError, AttributeError) as error:
             raise ArtifactError(f"{library.name}: cannot be loaded: {error}") from error
-        self._one.restype = ctypes.c_double
+        self._one.restype = self._serve.restype = ctypes.c_double
         self._many.restype = self._count.restype = None
         self._row = ctypes.create_string_buffer(_ROW.size)
         self._pack = partial(_ROW.pack_into, self._row, 0)
@@ -100,20 +95,27 @@ class CompiledPredictor:
         self._many(_address(wines), _address(qualities), ctypes.c_size_t(count))
         return qualities
 
-    def counter(self, edges: Sequence[Sequence[float]], cells: Sequence[int]) -> Count:
-        """Return what counts wines and qualities between these edges at these addresses of doubles."""
-        flat = array("d", chain.from_iterable(edges))
-        ends = array("I", accumulate(map(len, edges)))
-        addresses = array("Q", cells)
-        fixed = (_address(flat), _address(ends), _address(addresses))
-        code = self._count
+    def counting(self, edges: Sequence[Sequence[float]], cells: Sequence[int]) -> tuple[One, Many]:
+        """Return what predicts as above and counts between these edges, at these addresses of doubles."""
+        tables = (
+            array("d", chain.from_iterable(edges)),
+            array("I", accumulate(map(len, edges))),
+            array("Q", cells),
+        )
+        addresses = [_address(table) for table in tables]
+        pack, serve = self._pack, partial(self._serve, self._row, *addresses)
 
-        def count(
-            wines: "Numbers[float]", qualities: "Numbers[float]", _keep: Any = (flat, ends, addresses)
-        ) -> None:
-            code(_address(wines), _address(qualities), ctypes.c_size_t(len(qualities)), *fixed)
+        def one(row: Row, _keep: Any = tables) -> float:
+            pack(*row)
+            quality: float = serve()
+            return quality
 
-        return count
+        def many(wines: "Numbers[float]") -> "Numbers[float]":
+            qualities = self.predict_many(wines)
+            self._count(_address(wines), _address(qualities), ctypes.c_size_t(len(qualities)), *addresses)
+            return qualities
+
+        return one, many
 
 
 def _address(numbers: "array[Any]") -> ctypes.c_void_p:

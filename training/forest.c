@@ -93,3 +93,10 @@ void winemon_count(const double *wines, const double *qualities, size_t count, c
         }
     }
 }
+
+/* Both, for one wine. */
+double winemon_serve(const double *wine, const double *edges, const uint32_t *ends, double *const *cells) {
+    double quality = winemon_predict(wine);
+    winemon_count(wine, &quality, 1, edges, ends, cells);
+    return quality;
+}

@@ -14,6 +14,11 @@ QUALITY = 5.497
 class _Silent(Monitor):
     """Counts nothing, neither predictions nor requests."""
 
+    def describe(self, manifest: Any, baseline: Any, predictor: Any) -> Any:
+        """Return what only predicts."""
+        super().describe(manifest, baseline, predictor)
+        return predictor.predict, predictor.predict_many
+
     def observe(self, *_: Any) -> None:
         """Count nothing."""
 

@@ -165,7 +165,7 @@ def test_a_request_whose_handler_raises_is_a_500(
     settings: Settings, wine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Client(create_app(settings))
-    monkeypatch.setattr("app.predictor.CompiledPredictor.predict", lambda *_: 1 / 0)
+    monkeypatch.setattr("app.main.JsonRoute.reply", lambda *_: 1 / 0)
     assert client.post("/predict", json=wine).status_code == 500
     samples = scrape(client)
     labels = {"handler": "/predict", "method": "POST", "status": "5xx"}
