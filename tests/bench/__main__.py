@@ -108,6 +108,7 @@ class Service:
         )
         while not self.answers("/ready"):
             if time.monotonic() > started + 60 or self.process.poll() is not None:
+                self.stop()
                 raise SystemExit(f"{name}: not ready; see what `{' '.join(map(str, command))}` says")
             time.sleep(0.01)
         self.ready_seconds = time.monotonic() - started
