@@ -34,18 +34,26 @@ lock: $(UV) ## renew the hashed lock files under requirements/
 
 # --- the model and its release --------------------------------------------------------------------------------------
 
-.PHONY: train search serve release wheels
-train: .venv/training/.synced ## train and evaluate; writes artifacts/ (DATA=file for another data set)
+.PHONY: train search serve bench release wheels compiler
+# The model is compiled where it is trained; without a compiler it is served by scikit-learn.
+compiler:
+	@command -v cc >/dev/null || ! command -v apt-get >/dev/null || ansible/debian-packages gcc libc6-dev
+
+train: .venv/training/.synced compiler ## train and evaluate; writes artifacts/ (DATA=file for another data set)
 	@.venv/training/bin/python -m training.train $(if $(DATA),--data '$(DATA)')
 
 search: .venv/training/.synced ## compare model candidates by grouped cross-validation
 	@.venv/training/bin/python -m training.search
 
-artifacts/manifest.json: | .venv/training/.synced
+artifacts/manifest.json: | .venv/training/.synced compiler
 	@.venv/training/bin/python -m training.train
 
 serve: .venv/app/.synced | artifacts/manifest.json ## the API on this computer, without a machine
 	@.venv/app/bin/gunicorn --config app/gunicorn.conf.py
+
+bench: .venv/dev/.synced | artifacts/manifest.json ## cost and latency against the reference app, as ratios in one run
+	@command -v wrk >/dev/null || ansible/debian-packages wrk
+	@.venv/dev/bin/python -m tests.bench
 
 release: | artifacts/manifest.json ## build the release archive from this commit and artifacts/
 	@$(PYTHON) -m delivery.release
