@@ -88,7 +88,10 @@ verify: .venv/ansible/.synced ## check a provisioned machine from here
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
-.PHONY: test check lint
+.PHONY: rules test check lint
+rules: .venv/dev/.synced ## build the committed rules from monitoring/objectives.yml
+	@.venv/dev/bin/python -m monitoring.rules
+
 test: ## everything: lint, unit, rules, end to end on a throw-away machine; prints the time of each stage
 	@tests/run packages lint unit rules e2e
 

@@ -38,6 +38,10 @@ CONSOLES = (
     Console(
         "Prometheus", "monitoring", 9090, "prometheus_port", "/classic/targets", "/-/ready", "prometheus"
     ),
+    # Debian's Alertmanager has no pages, but an API that amtool and Prometheus talk to.
+    Console(
+        "Alertmanager", "monitoring", 9093, "alertmanager_port", "/api/v2/alerts", "/-/ready", "alertmanager"
+    ),
     Console("Locust", "loadtest", 8089, "locust_port", "/", "/metrics", "locust"),
 )
 

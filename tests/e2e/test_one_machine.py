@@ -109,7 +109,12 @@ def await_status(site: Site, path: str, status: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("port", "path", "secret"), [(9090, "/api/v1/status/config", "prometheus"), (8089, "/", "locust")]
+    ("port", "path", "secret"),
+    [
+        (9090, "/api/v1/status/config", "prometheus"),
+        (9093, "/api/v2/status", "alertmanager"),
+        (8089, "/", "locust"),
+    ],
 )
 def test_consoles_ask_for_their_generated_password(site: Site, port: int, path: str, secret: str) -> None:
     url = f"http://{site.address}:{port}{path}"
@@ -122,7 +127,7 @@ def test_secrets_are_nobody_elses_business(site: Site) -> None:
     folder = BUILD / "secrets"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
-    passwords = [site.secret(name)[1] for name in ("prometheus", "locust")]
+    passwords = [site.secret(name)[1] for name in ("prometheus", "alertmanager", "locust")]
     logs = "".join(log.read_text() for log in BUILD.glob("*.log")) + site.run("journalctl --no-pager")
     for password in passwords:
         assert password not in logs
