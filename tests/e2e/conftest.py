@@ -1,6 +1,5 @@
 """A throw-away machine for the end-to-end tests: built bare, removed at the end, also after a failure."""
 
-import json
 import os
 import re
 import shlex
