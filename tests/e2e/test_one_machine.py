@@ -202,11 +202,11 @@ def test_services_run_as_users_without_rights(site: Site) -> None:
 
 def test_load_is_served_and_seen_from_both_sides(site: Site) -> None:
     site.play("ansible/loadtest.yml", "-e", "loadtest_users=10", "-e", "loadtest_seconds=10")
-    assert site.eventually("sum(winemon_locust_requests_total) > 50") > 50
-    assert (
-        site.eventually('sum(fastapi_monitoring_http_requests_total{handler="/predict",status="2xx"}) > 50')
-        > 50
-    )
+    sent = 'winemon_locust_requests_total{name="/predict"}'
+    served = 'fastapi_monitoring_http_requests_total{handler="/predict",status="2xx"}'
+    assert site.eventually(f"sum({sent}) > 10") > 10
+    # Both are scraped at times of their own, the load is over, and what else was asked counts for the API only.
+    site.eventually(f"sum({served}) >= sum({sent}) > 10")
 
 
 def test_reloads_under_load_fail_no_request_and_every_request_is_counted(site: Site) -> None:
