@@ -4,6 +4,7 @@ The other rules are written by hand beside its output. Recorded series are named
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,6 +127,18 @@ def read(path: Path = SOURCE) -> Source:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
+
+
+def limit(alert: str, severity: str = "warning") -> float:
+    """Return the number that a rule written by hand compares with: 0.1 for MemoryShort."""
+    for path in sorted(OUTPUT.glob("*.yml")):
+        for group in yaml.safe_load(path.read_text())["groups"]:
+            for rule in group["rules"]:
+                if rule.get("alert") == alert and rule["labels"]["severity"] == severity:
+                    found = re.search(r" [<>] ([0-9.]+)", rule["expr"])
+                    if found:
+                        return float(found[1])
+    raise LookupError(f"no rule of {OUTPUT} with severity {severity} compares with a number for {alert}")
 
 
 def objective_rules(source: Source) -> list[Group]:
