@@ -50,7 +50,7 @@ def _machines() -> list[list[Json]]:
     skew = limit("ClockSkewed")
     return [
         [
-            stat("Machines", "short", query(f"count(up{{{NODE}}})")),
+            stat("Machines watched", "short", query(f"count(up{{{NODE}}})")),
             stat(
                 "Not answering",
                 "short",

@@ -80,8 +80,8 @@ def _health(source: Source) -> list[list[Json]]:
                 "Model",
                 "short",
                 query(
-                    f"count by (version, algorithm) (winemon_model_info{{{API}}})",
-                    "{{version}} {{algorithm}}",
+                    f"count by (version) (winemon_model_info{{{API}}})",
+                    "{{version}}",
                 ),
                 description="The model that is served; two for a moment, while a new one takes over.",
                 text="name",

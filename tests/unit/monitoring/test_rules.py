@@ -1,5 +1,6 @@
 """The rules that ship: built from their source, about metrics that exist, each alert tested and explained."""
 
+import json
 import math
 import re
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 from app.monitoring import DURATION_BUCKETS
+from dashboards.__main__ import OUTPUT as DASHBOARDS
+from dashboards.queries import other_expressions, panel_queries
 from monitoring.promql import buckets, metric_names
 from monitoring.rules import OUTPUT, SOURCE, build, main, read, seconds
 
@@ -29,24 +32,53 @@ TESTS = [
     for test in yaml.safe_load(path.read_text())["tests"]
 ]
 
-# What the rules read of Debian's daemons and of Jenkins' plugins; the end-to-end test sees Debian's.
+# What rules and panels read of Prometheus itself and of Debian's daemons, which the end-to-end tests ask.
 OTHERS = {
+    "ALERTS",
     "up",
     "alertmanager_notifications_failed_total",
-    "default_jenkins_builds_last_build_result_ordinal",
-    "jenkins_queue_stuck_value",
+    "alertmanager_notifications_total",
+    "namedprocess_namegroup_cpu_seconds_total",
+    "namedprocess_namegroup_memory_bytes",
+    "namedprocess_namegroup_num_procs",
+    "node_boot_time_seconds",
+    "node_cpu_seconds_total",
+    "node_disk_io_time_seconds_total",
+    "node_disk_read_bytes_total",
+    "node_disk_written_bytes_total",
     "node_filesystem_avail_bytes",
     "node_filesystem_readonly",
     "node_filesystem_size_bytes",
+    "node_load1",
     "node_memory_MemAvailable_bytes",
     "node_memory_MemTotal_bytes",
+    "node_network_receive_bytes_total",
+    "node_network_transmit_bytes_total",
+    "node_systemd_service_restart_total",
     "node_systemd_unit_state",
     "node_time_seconds",
     "node_timex_sync_status",
     "prometheus_config_last_reload_successful",
     "prometheus_notifications_errors_total",
     "prometheus_rule_evaluation_failures_total",
+    "prometheus_rule_group_last_duration_seconds",
+    "prometheus_tsdb_head_series",
+    "prometheus_tsdb_retention_limit_bytes",
+    "prometheus_tsdb_storage_blocks_bytes",
+    "scrape_duration_seconds",
+    "scrape_samples_scraped",
 }
+# What Jenkins' plugins document.
+JENKINS = {
+    entry["series"].partition("{")[0]
+    for entry in yaml.safe_load((ROOT / "tests/unit/dashboards/jenkins_series.yml").read_text())
+}
+SHOWN = [
+    expression
+    for path in sorted(DASHBOARDS.glob("*.json"))
+    for dashboard in [json.loads(path.read_text())]
+    for expression in [*(query.expr for query in panel_queries(dashboard)), *other_expressions(dashboard)]
+]
 
 # The expositions of the API, with a model, and of Locust, each from a process of its own.
 EXPOSE_API = """
@@ -84,12 +116,12 @@ def test_the_built_rules_are_those_of_the_source() -> None:
         assert (OUTPUT / name).read_text() == text, f"{name} is not what `make rules` builds"
 
 
-def test_rules_read_only_what_is_exported_or_recorded(tmp_path: Path) -> None:
+def test_rules_and_panels_read_only_what_is_exported_or_recorded(tmp_path: Path) -> None:
     recorded = {rule["record"] for rule in RULES if "record" in rule}
-    known = recorded | OTHERS | exported(EXPOSE_API, tmp_path) | exported(EXPOSE_LOCUST, tmp_path)
-    used = set().union(*(metric_names(rule["expr"]) for rule in RULES))
+    known = recorded | OTHERS | JENKINS | exported(EXPOSE_API, tmp_path) | exported(EXPOSE_LOCUST, tmp_path)
+    used = set().union(*map(metric_names, [*(rule["expr"] for rule in RULES), *SHOWN]))
     assert used - known == set()
-    assert OTHERS - used == set(), "no rule reads these any more"
+    assert (OTHERS | JENKINS) - used == set(), "no rule and no panel reads these any more"
 
 
 def test_objectives_name_buckets_that_the_api_counts_into() -> None:
