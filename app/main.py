@@ -4,7 +4,9 @@ import gzip
 import json
 import logging
 from array import array
+from collections.abc import Callable
 from itertools import chain
+from math import isnan, nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, cast
@@ -22,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from app.artifacts import ArtifactError, Baseline, Manifest, load
 from app.contract import FEATURES
 from app.monitoring import Monitor, Route
-from app.predictor import Predictor, disagreement, load_predictor
+from app.predictor import Numbers, Predictor, Serving, disagreement, load_predictor
 from app.schemas import (
     EXAMPLE,
     Batch,
@@ -67,6 +69,7 @@ class Service:
         self._monitor = monitor
         self._manifest: Manifest | None = None
         self._predictor: Predictor | None = None
+        self._serving: Serving | None = None
         self._reason: str | None = None
         self._head = JSON
         self._consoles = settings.consoles
@@ -82,24 +85,37 @@ class Service:
         self._manifest = artifacts.manifest
         self.card = _card(artifacts.manifest, artifacts.baseline)
         self._head = JSON + b"x-model-version: %b\r\n" % artifacts.manifest.version.encode()
-        serve = monitor.describe(artifacts.manifest, artifacts.baseline, self._predictor)
-        self._serve, self._serve_many = serve
+        self._serving = monitor.describe(artifacts.manifest, artifacts.baseline, self._predictor)
 
     def predict(self, wine: Wine) -> Reply:
         """Predict the quality of one wine, on the tasters' scale of 0 to 10."""
-        if self._predictor is None:
+        if self._serving is None:
             return self._unavailable()
-        quality = self._serve(wine.__dict__.values())
+        return self._one(self._serving.predict(array("d", wine.__dict__.values()))[0])
+
+    def predict_batch(self, batch: Batch) -> Reply:
+        """Predict the qualities of up to 1,000 wines, in their order."""
+        if self._serving is None:
+            return self._unavailable()
+        wines = chain.from_iterable(wine.__dict__.values() for wine in batch.samples)
+        return self._many(self._serving.predict(array("d", wines)))
+
+    def read(self, body: bytes) -> Reply | None:
+        """Do what `predict` does with a plain body, or leave it to that."""
+        quality = nan if self._serving is None else self._serving.read_one(body)
+        return None if isnan(quality) else self._one(quality)
+
+    def read_batch(self, body: bytes) -> Reply | None:
+        """Do what `predict_batch` does with a plain body, or leave it to that."""
+        qualities = None if self._serving is None else self._serving.read_many(body)
+        return self._many(qualities) if qualities else None
+
+    def _one(self, quality: float) -> Reply:
         score = b"%a" % quality
         body = b'{"quality":%b}' % score
         return 200, b"%bcontent-length: %d\r\nx-model-score: %b\r\n" % (self._head, len(body), score), body
 
-    def predict_batch(self, batch: Batch) -> Reply:
-        """Predict the qualities of up to 1,000 wines, in their order."""
-        if self._predictor is None:
-            return self._unavailable()
-        wines = array("d", chain.from_iterable([wine.__dict__.values() for wine in batch.samples]))
-        qualities = self._serve_many(wines)
+    def _many(self, qualities: "Numbers[float]") -> Reply:
         body = b'{"qualities":%b}' % to_json(qualities.tolist())
         return 200, b"%bcontent-length: %d\r\n" % (self._head, len(body)), body
 
@@ -158,11 +174,15 @@ class Service:
 class JsonRoute(APIRoute):
     """A route of one JSON body, which is read, limited and validated in one pass; FastAPI only documents it.
 
-    Its endpoint takes the validated model and returns the whole reply.
+    Its endpoint takes the validated model and returns the whole reply; `quick` takes the body before that,
+    and returns None where it is for Pydantic to judge.
     """
 
-    def __init__(self, *args: Any, max_body_bytes: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, quick: Callable[[bytes], Reply | None], max_body_bytes: int, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._quick = quick
         assert self.body_field is not None  # noqa: S101 - by construction
         body = cast(type[BaseModel], self.body_field.field_info.annotation)
         self._validate = body.__pydantic_validator__.validate_json
@@ -186,11 +206,13 @@ class JsonRoute(APIRoute):
             return _refuse(415, "send the body as application/json")
         if encoding.lower() not in (b"", b"identity"):
             return _refuse(415, "send the body without a content encoding")
-        try:
-            model = self._validate(body)
-        except ValidationError as error:
-            return _problems(error)
-        reply: Reply = self.endpoint(model)
+        reply = self._quick(body)
+        if reply is None:
+            try:
+                model = self._validate(body)
+            except ValidationError as error:
+                return _problems(error)
+            reply = cast(Reply, self.endpoint(model))
         return reply
 
     async def read(self, receive: Receive) -> bytes | None:
@@ -295,13 +317,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         SCORE_HEADER: {"description": "The predicted quality.", "schema": {"type": "number"}},
         VERSION_HEADER: {"description": "The version of the model.", "schema": {"type": "string"}},
     }
-    for path, endpoint, response_model, headers in (
-        ("/predict", service.predict, Prediction, score),
-        ("/predict/batch", service.predict_batch, Predictions, {VERSION_HEADER: score[VERSION_HEADER]}),
+    batch = {VERSION_HEADER: score[VERSION_HEADER]}
+    for path, endpoint, quick, response_model, headers in (
+        ("/predict", service.predict, service.read, Prediction, score),
+        ("/predict/batch", service.predict_batch, service.read_batch, Predictions, batch),
     ):
         route = JsonRoute(
             path,
             endpoint,
+            quick=quick,
             methods=["POST"],
             response_model=response_model,
             responses={200: {"headers": headers}, **refusals},

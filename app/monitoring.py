@@ -11,12 +11,10 @@ import json
 import mmap
 import os
 import struct
-from array import array
 from bisect import bisect_left, bisect_right
-from collections import Counter as Tally
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import cycle
 from math import inf, nextafter
 from pathlib import Path
@@ -32,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.artifacts import Baseline, Manifest
 from app.contract import MODEL_FILE
-from app.predictor import CompiledPredictor, Many, Numbers, One, Predictor, Row
+from app.predictor import CompiledPredictor, Numbers, Predictor, Serving
 from app.settings import Settings
 
 DURATION_BUCKETS: Final = (
@@ -57,6 +55,9 @@ STATUSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
 Cell = tuple["memoryview[float]", int]
 """Where a value lives: `view[index]` is a double in a file that every worker reads."""
 
+Bins = tuple[list[float], list[Cell]]
+"""Edges, and where values are counted: below all of them, from each of them on to the next."""
+
 
 class Monitor:
     """All metrics of one worker; the children of `handlers` (route, method) exist from the start.
@@ -72,7 +73,6 @@ class Monitor:
         values.ValueClass = values.MultiProcessValue(lambda: settings.slot)  # type: ignore[no-untyped-call]  # the library has no types here
         self._views: dict[str, memoryview[float]] = {}
         self._model = b""
-        self._bins: list[tuple[list[float], list[Cell]]] = []
         self._routes: dict[tuple[str, str], Route] = {}
 
         named: dict[str, Any] = {
@@ -99,10 +99,9 @@ class Monitor:
         self._response_sizes = Summary(
             "http_response_size_bytes", "Content length of responses, by route.", ("handler",), **named
         )
-        output = Histogram(
+        self._output = Histogram(
             "regression_model_output", "Predicted qualities of wines.", buckets=QUALITY_BUCKETS, **named
         )
-        self._output = self._distribution(output)
         inprogress = Gauge(
             f"{settings.metrics_namespace}_inprogress",
             "Requests being served.",
@@ -126,11 +125,8 @@ class Monitor:
         for handler, method in handlers:
             self.route(handler, method)
 
-    def describe(self, manifest: Manifest, baseline: Baseline, predictor: Predictor) -> tuple[One, Many]:
-        """Expose the model that this worker serves.
-
-        Return what predicts one wine, and several, and counts their values and qualities into the bins.
-        """
+    def describe(self, manifest: Manifest, baseline: Baseline, predictor: Predictor) -> Serving:
+        """Expose the model that this worker serves; return what predicts, and counts values and qualities."""
         registry = CollectorRegistry()
         registry.register(_ModelCollector(manifest, baseline))
         self._model = generate_latest(registry)
@@ -140,50 +136,26 @@ class Monitor:
             ("feature", "bin", "baseline"),
             registry=None,
         )
-        for feature, bins in baseline.bins.items():
-            names = ("below", *map(str, range(len(bins.shares))), "above")
+        bins: list[Bins] = []
+        for feature, expected in baseline.bins.items():
+            names = ("below", *map(str, range(len(expected.shares))), "above")
             cells = [self._cell(counter.labels(feature, name, baseline.id)._value) for name in names]
             # The last bin holds its upper edge, so `above` begins at the next double.
-            self._bins.append(([*bins.edges[:-1], nextafter(bins.edges[-1], inf)], cells))
+            bins.append(([*expected.edges[:-1], nextafter(expected.edges[-1], inf)], cells))
+        # So does each bucket of a histogram.
+        edges = [nextafter(bound, inf) for bound in QUALITY_BUCKETS[:-1]]
+        bins.append((edges, [self._cell(bucket) for bucket in self._output._buckets]))
+        total = self._cell(self._output._sum)
         self._state(ready=True, compiled=predictor.compiled)
         if isinstance(predictor, CompiledPredictor):
-            cells = [cell for _, cells in self._bins for cell in cells]
-            one, many = predictor.counting([edges for edges, _ in self._bins], list(map(_address, cells)))
-        else:
-            one, many = self._counting(predictor)
-
-        def serve(row: Row) -> float:
-            quality = one(row)
-            self._output.observe(quality)
-            return quality
-
-        def serve_many(wines: "Numbers[float]") -> "Numbers[float]":
-            qualities = many(wines)
-            self._output.observe_many(qualities)
-            return qualities
-
-        return serve, serve_many
+            addresses = [_address(cell) for _, cells in bins for cell in cells]
+            return predictor.counting([edges for edges, _ in bins], addresses, _address(total))
+        return Serving(_counting(predictor, bins, total))
 
     def refuse(self) -> None:
         """Count artifacts that were refused, and show that this worker serves no model."""
         self._refused.inc()
         self._state(ready=False, compiled=False)
-
-    def _counting(self, predictor: Predictor) -> tuple[One, Many]:
-        """Count as the compiled code does, where there is none."""
-        *features, (edges, cells) = self._bins
-
-        def many(wines: "Numbers[float]") -> "Numbers[float]":
-            qualities = predictor.predict_many(wines)
-            for value, (bounds, places) in zip(wines, cycle(features), strict=False):
-                view, index = places[bisect_right(bounds, value)]
-                view[index] += 1.0
-            for quality in qualities:
-                view, index = cells[bisect_right(edges, quality)]
-                view[index] += 1.0
-            return qualities
-
-        return lambda row: many(array("d", row))[0], many
 
     def route(self, handler: str, method: str) -> "Route":
         """Return the counts of a route and method, which exist from then on."""
@@ -271,13 +243,6 @@ class _Distribution:
         view[index] += amount
         view, index = self._counts[bisect_left(self._bounds, amount)]
         view[index] += 1.0
-
-    def observe_many(self, amounts: Sequence[float]) -> None:
-        view, index = self._sum
-        view[index] += sum(amounts)
-        for bucket, count in Tally(map(partial(bisect_left, self._bounds), amounts)).items():
-            view, index = self._counts[bucket]
-            view[index] += count
 
 
 class Route:
@@ -420,6 +385,28 @@ def _set_aside_unreadable(directory: Path, slot: int) -> int:
             path.rename(path.with_suffix(".unreadable"))
             count += 1
     return count
+
+
+def _counting(
+    predictor: Predictor, bins: Sequence[Bins], total: Cell
+) -> Callable[["Numbers[float]"], "Numbers[float]"]:
+    """Predict, and count as the compiled code does where there is none."""
+    *features, quality_bins, output = bins
+
+    def predict(wines: "Numbers[float]") -> "Numbers[float]":
+        qualities = predictor.predict_many(wines)
+        counted = [
+            *zip(wines, cycle(features), strict=False),
+            *((quality, into) for quality in qualities for into in (quality_bins, output)),
+        ]
+        for value, (edges, cells) in counted:
+            view, index = cells[bisect_right(edges, value)]
+            view[index] += 1.0
+        view, index = total
+        view[index] += sum(qualities)
+        return qualities
+
+    return predict
 
 
 def _address(cell: Cell) -> int:

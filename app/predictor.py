@@ -6,16 +6,19 @@ from array import array
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import accumulate, chain
+from math import nan
 from pathlib import Path
 from struct import Struct
 from typing import Any, Protocol
 
 from app.artifacts import ArtifactError, Artifacts, Sample
 from app.contract import COMPILED_FILE, FEATURES, MODEL_FILE, SCALER_FILE
+from app.schemas import LARGEST, MAX_BATCH
 
 logger = logging.getLogger("uvicorn.error")
 
 _ROW = Struct(f"{len(FEATURES)}d")
+_FIELD = Struct("32s2d")
 
 Row = Collection[float]
 """The eleven values of a wine in the contract's order."""
@@ -26,9 +29,20 @@ TOLERANCE = 1e-9
 """How far a prediction may be from the one that training stored for the same wine."""
 
 
-One = Callable[[Row], float]
-Many = Callable[["Numbers[float]"], "Numbers[float]"]
-"""What predicts one wine, and several."""
+class Serving:
+    """What predicts wines and counts them; only the compiled form reads JSON, and then not all of it."""
+
+    def __init__(self, predict: Callable[["Numbers[float]"], "Numbers[float]"]) -> None:
+        self.predict = predict
+        """Predict wines whose values are valid."""
+
+    def read_one(self, _body: bytes) -> float:
+        """Predict the wine of a request's body, or answer NaN, having counted nothing."""
+        return nan
+
+    def read_many(self, _body: bytes) -> "Numbers[float]":
+        """Predict the batch of a request's body, or answer nothing, having counted nothing."""
+        return array("d")
 
 
 class Predictor(Protocol):
@@ -72,13 +86,14 @@ class CompiledPredictor:
 
     def __init__(self, library: Path) -> None:
         try:
-            code = ctypes.CDLL(str(library.resolve()))
+            self._code = code = ctypes.CDLL(str(library.resolve()))
             self._one, self._many = code.winemon_predict, code.winemon_predict_many
-            self._serve, self._count = code.winemon_serve, code.winemon_count
+            code.winemon_serve.restype = ctypes.c_double
+            code.winemon_serve_many.restype = ctypes.c_size_t
+            code.winemon_count.restype = None
         except (OSError, AttributeError) as error:
             raise ArtifactError(f"{library.name}: cannot be loaded: {error}") from error
-        self._one.restype = self._serve.restype = ctypes.c_double
-        self._many.restype = self._count.restype = None
+        self._one.restype, self._many.restype = ctypes.c_double, None
         self._row = ctypes.create_string_buffer(_ROW.size)
         self._pack = partial(_ROW.pack_into, self._row, 0)
 
@@ -95,27 +110,64 @@ class CompiledPredictor:
         self._many(_address(wines), _address(qualities), ctypes.c_size_t(count))
         return qualities
 
-    def counting(self, edges: Sequence[Sequence[float]], cells: Sequence[int]) -> tuple[One, Many]:
-        """Return what predicts as above and counts between these edges, at these addresses of doubles."""
-        tables = (
+    def counting(
+        self, edges: Sequence[Sequence[float]] = (), cells: Sequence[int] = (), total: int = 0
+    ) -> Serving:
+        """Return what predicts as above, reads JSON, and counts, if anything.
+
+        `edges` are those of each feature, and of the quality for its bins and for its histogram; `cells` the
+        addresses of as many doubles and one more for each of them, and `total` that of the sum of qualities.
+        """
+        return _CompiledServing(self, self._code, edges, cells, total)
+
+
+class _CompiledServing(Serving):
+    def __init__(
+        self,
+        predictor: CompiledPredictor,
+        code: ctypes.CDLL,
+        edges: Sequence[Sequence[float]],
+        cells: Sequence[int],
+        total: int,
+    ) -> None:
+        super().__init__(self._predict)
+        fields = b"".join(
+            _FIELD.pack(
+                f'{feature.name}"'.encode(),
+                feature.minimum,
+                LARGEST if feature.maximum is None else feature.maximum,
+            )
+            for feature in FEATURES
+        )
+        # Kept, as the library is given their addresses.
+        self._tables = (
+            array("B", fields),
             array("d", chain.from_iterable(edges)),
             array("I", accumulate(map(len, edges))),
             array("Q", cells),
         )
-        addresses = [_address(table) for table in tables]
-        pack, serve = self._pack, partial(self._serve, self._row, *addresses)
+        addresses = (table.buffer_info()[0] if table else 0 for table in self._tables)
+        self._counts = array("Q", [*addresses, total])
+        self._wines = array("d", bytes(8 * len(FEATURES) * MAX_BATCH))
+        self._qualities = array("d", bytes(8 * MAX_BATCH))
+        self._predict_many = predictor.predict_many
+        counts = _address(self._counts)
+        self._count = partial(code.winemon_count, counts)
+        self._serve = partial(code.winemon_serve, counts)
+        self._serve_many = partial(code.winemon_serve_many, counts)
+        self._room = _address(self._wines), _address(self._qualities), ctypes.c_size_t(MAX_BATCH)
 
-        def one(row: Row, _keep: Any = tables) -> float:
-            pack(*row)
-            quality: float = serve()
-            return quality
+    def _predict(self, wines: "Numbers[float]") -> "Numbers[float]":
+        qualities = self._predict_many(wines)
+        self._count(_address(wines), _address(qualities), ctypes.c_size_t(len(qualities)))
+        return qualities
 
-        def many(wines: "Numbers[float]") -> "Numbers[float]":
-            qualities = self.predict_many(wines)
-            self._count(_address(wines), _address(qualities), ctypes.c_size_t(len(qualities)), *addresses)
-            return qualities
+    def read_one(self, body: bytes) -> float:
+        quality: float = self._serve(body, ctypes.c_size_t(len(body)))
+        return quality
 
-        return one, many
+    def read_many(self, body: bytes) -> "Numbers[float]":
+        return self._qualities[: self._serve_many(body, ctypes.c_size_t(len(body)), *self._room)]
 
 
 def _address(numbers: "array[Any]") -> ctypes.c_void_p:

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from training.dataset import Array
 from training.model import Forest
 
-SOURCE: Final = Path(__file__).with_name("forest.c")
+SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("forest.c", "wines.c"))
 FLAGS: Final = (
     *("-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-nostdlib", "-s"),
     "-ffp-contract=off",  # one rounding for each operation, on every processor
@@ -47,7 +47,7 @@ def compile_forest(scaler: StandardScaler, model: Forest, path: Path) -> None:
             (Path(directory) / name).write_bytes(table.tobytes())
         # Run there, with relative names: the library must not depend on where it was made.
         trees = f"-DTREES={len(model.estimators_)}"
-        command = [compiler, *FLAGS, trees, "-o", "library", str(SOURCE)]
+        command = [compiler, *FLAGS, trees, "-o", "library", *map(str, SOURCES), "-lgcc"]
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)  # noqa: S603 (fixed)
         if done.returncode:
             raise CompileError(f"{compiler}: {done.stderr.strip().splitlines()[0]}")

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { FEATURES = 11, LANES = 8 };
+enum { FEATURES = 11, LANES = 8, BLOCK = 64 };
 
 typedef struct {
     double threshold;
@@ -49,54 +49,33 @@ double winemon_predict(const double *wine) {
     return sum / TREES;
 }
 
-/* As above for many wines: here the lanes are wines, which all walk the tree that is in the cache. */
+/* As above for many wines. Here the lanes are wines: a block of them walks a tree while that is in the cache. */
 void winemon_predict_many(const double *wines, double *qualities, size_t count) {
-    size_t done = 0;
-    for (; done + LANES <= count; done += LANES, wines += LANES * FEATURES) {
-        double sum[LANES] = {0};
-        for (size_t tree = 0; tree < TREES; tree++) {
-            uint32_t at[LANES], moved;
-            for (size_t lane = 0; lane < LANES; lane++)
-                at[lane] = roots[tree];
-            do {
-                moved = 0;
-                for (size_t lane = 0; lane < LANES; lane++) {
-                    const node *n = &nodes[at[lane]];
-                    uint32_t next = n->left + (wines[lane * FEATURES + n->feature] > n->threshold);
-                    moved |= next ^ at[lane];
-                    at[lane] = next;
-                }
-            } while (moved);
-            for (size_t lane = 0; lane < LANES; lane++)
-                sum[lane] += predictions[at[lane]];
-        }
-        for (size_t lane = 0; lane < LANES; lane++)
-            qualities[done + lane] = sum[lane] / TREES;
+    for (size_t done = 0; done < count; done += BLOCK) {
+        size_t block = count - done < BLOCK ? count - done : BLOCK;
+        double values[BLOCK / LANES][FEATURES][LANES] = {0}, sum[BLOCK] = {0};
+        for (size_t wine = 0; wine < block; wine++)
+            for (size_t feature = 0; feature < FEATURES; feature++)
+                values[wine / LANES][feature][wine % LANES] = *wines++;
+        for (size_t tree = 0; tree < TREES; tree++)
+            for (size_t first = 0; first < block; first += LANES) {
+                const double(*value)[LANES] = values[first / LANES];
+                uint32_t at[LANES], moved;
+                for (size_t lane = 0; lane < LANES; lane++)
+                    at[lane] = roots[tree];
+                do {
+                    moved = 0;
+                    for (size_t lane = 0; lane < LANES; lane++) {
+                        const node *n = &nodes[at[lane]];
+                        uint32_t next = n->left + (value[n->feature][lane] > n->threshold);
+                        moved |= next ^ at[lane];
+                        at[lane] = next;
+                    }
+                } while (moved);
+                for (size_t lane = 0; lane < LANES; lane++)
+                    sum[first + lane] += predictions[at[lane]];
+            }
+        for (size_t wine = 0; wine < block; wine++)
+            qualities[done + wine] = sum[wine] / TREES;
     }
-    for (; done < count; done++, wines += FEATURES)
-        qualities[done] = winemon_predict(wines);
-}
-
-/* Counts each value of the wines, and their qualities as one more feature, into bins: one more than the feature has
- * edges, as many edges as are not greater than the value below it. `ends` says where each feature's edges end;
- * `cells` are the addresses of the counts. */
-void winemon_count(const double *wines, const double *qualities, size_t count, const double *edges,
-                   const uint32_t *ends, double *const *cells) {
-    for (size_t wine = 0; wine < count; wine++, wines += FEATURES) {
-        size_t edge = 0;
-        for (size_t feature = 0; feature <= FEATURES; feature++) {
-            double value = feature < FEATURES ? wines[feature] : qualities[wine];
-            size_t bin = edge + feature;
-            for (; edge < ends[feature]; edge++)
-                bin += edges[edge] <= value;
-            *cells[bin] += 1.0;
-        }
-    }
-}
-
-/* Both, for one wine. */
-double winemon_serve(const double *wine, const double *edges, const uint32_t *ends, double *const *cells) {
-    double quality = winemon_predict(wine);
-    winemon_count(wine, &quality, 1, edges, ends, cells);
-    return quality;
 }

@@ -109,7 +109,7 @@ def test_without_a_compiler_training_says_so_and_goes_on(
 
 
 def test_a_failing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.compile.SOURCE", tmp_path / "missing.c")
+    monkeypatch.setattr("training.compile.SOURCES", [tmp_path / "missing.c"])
     with pytest.raises(CompileError, match=r"missing\.c"):
         compile_forest(*fitted(ExtraTreesRegressor(n_estimators=1, random_state=1)), tmp_path / "model.so")
 
