@@ -46,32 +46,49 @@ CONSOLES = (
 )
 
 
-def inventory() -> tuple[dict[str, Any], Path]:
-    """Return Ansible's view of the inventory and its directory."""
-    source = Path(os.environ.get("ANSIBLE_INVENTORY", ROOT / "inventory" / "current"))
-    command: list[str | Path] = [Path(sys.executable).with_name("ansible-inventory"), "-i", source, "--list"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603 - our own tool
-    listed: dict[str, Any] = json.loads(result.stdout)
-    return listed, (source if source.is_dir() else source.parent).resolve()
+# What roles see of a machine: only Ansible resolves templates, group variables and vaults.
+VARIABLES = """
+{%- set machines = {} -%}
+{%- for host in groups['all'] -%}
+{%-   set own = hostvars[host] -%}
+{%-   set known = {'address': own.winemon_address | default(own.ansible_host, true) | default(host, true),
+                   'secrets': own.winemon_secrets_dir | default(own.inventory_dir ~ '/secrets')} -%}
+{%-   for name in console_variables if own[name] is defined -%}
+{%-     set _ = known.update({name: own[name]}) -%}
+{%-   endfor -%}
+{%-   set _ = machines.update({host: known}) -%}
+{%- endfor -%}
+{{ {'groups': groups, 'machines': machines} }}
+"""
+
+
+def inventory() -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
+    """Return the hosts of each group, and of each host its address, directory of secrets, ports and users."""
+    names = [console.port_variable for console in CONSOLES]
+    names += [f"{console.secret}_username" for console in CONSOLES if console.secret]
+    source = os.environ.get("ANSIBLE_INVENTORY", ROOT / "inventory" / "current")
+    command: list[str | Path] = [Path(sys.executable).with_name("ansible"), "localhost", "-i", source]
+    command += ["-m", "ansible.builtin.debug", "-a", json.dumps({"msg": VARIABLES.strip()})]
+    command += ["-e", json.dumps({"console_variables": names})]
+    environment = {**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "json"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own tool
+    if result.returncode:
+        sys.exit(result.stdout + result.stderr)
+    answer = json.loads(result.stdout.partition("=>")[2])["msg"]
+    return answer["groups"], answer["machines"]
 
 
 def consoles() -> list[tuple[Console, str, str, Path | None]]:
     """Return each console with its URL without a path, its user and its password file."""
-    listed, directory = inventory()
-    variables = listed["_meta"]["hostvars"]
+    groups, machines = inventory()
     found = []
     for console in CONSOLES:
-        for host in listed.get(console.group, {}).get("hosts", []):
-            own = variables.get(host, {})
-            address = own.get("winemon_address") or own.get("ansible_host") or host
+        for host in groups.get(console.group, []):
+            own = machines[host]
             port = own.get(console.port_variable, console.port)
             user = own.get(f"{console.secret}_username", "admin") if console.secret else ""
-            password = (
-                Path(own.get("winemon_secrets_dir", directory / "secrets"), console.secret)
-                if console.secret
-                else None
-            )
-            found.append((console, f"http://{address}:{port}", user, password))
+            password = Path(own["secrets"], console.secret) if console.secret else None
+            found.append((console, f"http://{own['address']}:{port}", user, password))
     return found
 
 

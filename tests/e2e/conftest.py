@@ -17,6 +17,8 @@ import testinfra
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "e2e"
 INVENTORY = Path(__file__).parent / "inventory"
+# That `make up` has loaded the machine once.
+LOADED = ROOT / ".machines" / "inventory-loaded"
 UNITS = ("winemon-api", "winemon-locust", "winemon-locust-worker@1", "prometheus", "winemon-firewall")
 
 
@@ -27,7 +29,7 @@ class Site:
     address = "10.213.1.2"
 
     def __init__(self) -> None:
-        self.plays = 0
+        self.commands = 0
         self.ssh_config = BUILD / "ssh_config"
         machines = ROOT / ".machines"
         self.ssh_config.write_text(
@@ -41,27 +43,33 @@ class Site:
         self.client.close()
         self.client = httpx.Client(trust_env=False, timeout=10)
 
+    def up(self) -> str:
+        """Do what `make up` does, for this machine."""
+        return self.log("up", [str(ROOT / "ansible" / "up"), str(INVENTORY)])
+
     def play(self, playbook: str, *options: str) -> str:
-        """Run a playbook, keep its output under build/e2e/, and return it; the test fails with the play."""
-        self.plays += 1
-        log = BUILD / f"{self.plays:02}-{Path(playbook).stem}.log"
+        """Run a playbook."""
         command = [str(ROOT / ".venv/ansible/bin/ansible-playbook"), "-i", str(INVENTORY), playbook, *options]
+        return self.log(Path(playbook).stem, command)
+
+    def log(self, name: str, command: list[str]) -> str:
+        """Run a command, keep its output under build/e2e/, and return it; the test fails with the command."""
+        self.commands += 1
+        log = BUILD / f"{self.commands:02}-{name}.log"
         with log.open("w") as file:
             status = subprocess.run(
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
             ).returncode
         output = log.read_text()
         if status:
-            pytest.fail(
-                f"{playbook} {' '.join(options)} failed ({log}):\n" + "\n".join(output.splitlines()[-60:])
-            )
+            pytest.fail(f"{' '.join(command)} failed ({log}):\n" + "\n".join(output.splitlines()[-60:]))
         return output
 
     def changed(self, output: str) -> int:
-        """Return how many tasks changed the machine, from a play's recap."""
-        found = re.search(rf"^{self.name} +: ok=\d+ +changed=(\d+)", output, re.MULTILINE)
+        """Return how many tasks changed the machine, from the recaps of all plays."""
+        found = re.findall(rf"^{self.name} +: ok=\d+ +changed=(\d+)", output, re.MULTILINE)
         assert found, output[-2000:]
-        return int(found[1])
+        return sum(map(int, found))
 
     def ssh(self, command: str) -> "subprocess.CompletedProcess[str]":
         """Run a command on the machine as the user who logs in."""
@@ -135,6 +143,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     site = Site()
     options = ["-e", f"winemon_machine_debian={os.environ.get('DEBIAN', '13')}"]
     # A machine that a killed run left behind would not be bare.
+    LOADED.unlink(missing_ok=True)
     site.play("ansible/machine.yml", *options, "-e", "winemon_machine_state=absent")
     try:
         site.play("ansible/machine.yml", *options)
@@ -147,5 +156,6 @@ def site(request: pytest.FixtureRequest) -> Iterator[Site]:
             print(site.run(f"systemctl --failed; journalctl --no-pager -n 200 {units}"))  # noqa: T201
     finally:
         site.client.close()
+        LOADED.unlink(missing_ok=True)
         site.play("ansible/machine.yml", *options, "-e", "winemon_machine_state=absent")
     assert left_behind() == {}
