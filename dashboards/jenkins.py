@@ -123,6 +123,18 @@ def _builds() -> list[list[Json]]:
                 stacked=True,
             ),
             bargauge(
+                "Builds by job",
+                "short",
+                *(
+                    query(
+                        f"sum by (jenkins_job) ({BUILDS}_{result}_build_count_total{{{JOBS}}})",
+                        f"{{{{jenkins_job}}}} {result}",
+                    )
+                    for result in ("success", "unstable", "failed", "aborted")
+                ),
+                description="Since Jenkins started.",
+            ),
+            bargauge(
                 "Share of builds that did not fail",
                 "percentunit",
                 # A job without failures has no counter of them.

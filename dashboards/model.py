@@ -79,10 +79,7 @@ def _health(source: Source) -> list[list[Json]]:
             stat(
                 "Model",
                 "short",
-                query(
-                    f"count by (version) (winemon_model_info{{{API}}})",
-                    "{{version}}",
-                ),
+                query(f"count by (version) (winemon_model_info{{{API}}})", "{{version}}"),
                 description="The model that is served; two for a moment, while a new one takes over.",
                 text="name",
                 no_value="none",
@@ -146,6 +143,7 @@ def _promise(objective: Objective, period: str) -> Json:
         description=f"Promised: {objective.promise}, in {objective.ratio * 100:g} % of all cases. Red below "
         "that.",
         limits=below(objective.ratio),
+        decimals=3,
         no_value="no requests yet",
     )
 

@@ -34,7 +34,7 @@ def rate(counter: str, matchers: str = "", by: str = "") -> str:
 
 
 def increase(counter: str, matchers: str = "", by: str = "") -> str:
-    """Return by how much a counter has risen since the point before, summed by the labels `by`."""
+    """Return by how much a counter rises in the interval that fits the zoom, summed by the labels `by`."""
     return _summed(f"increase({_select(counter, matchers)}[$__rate_interval])", by)
 
 
@@ -110,6 +110,7 @@ def stat(
     limits: Steps | None = None,
     mappings: list[Json] | None = None,
     text: str = "auto",
+    decimals: int | None = None,
     no_value: str = "",
 ) -> Panel:
     """Return the value now; `text="name"` shows the legend in its place."""
@@ -121,7 +122,7 @@ def stat(
         "orientation": "auto",
         "textMode": text,
     }
-    return _panel(
+    panel = _panel(
         "stat",
         title,
         unit,
@@ -132,6 +133,9 @@ def stat(
         mappings=mappings,
         no_value=no_value,
     )
+    if decimals is not None:
+        panel["fieldConfig"]["defaults"]["decimals"] = decimals
+    return panel
 
 
 def bargauge(

@@ -32,7 +32,10 @@ UNITS = {"none", "short", "percent", "percentunit", "s", "ms", "bytes", "Bps", "
 
 # Jenkins forgets these when it restarts: they count since then, as the panel says. The last two are gauges.
 NOT_RISING = {
+    "default_jenkins_builds_success_build_count_total",
+    "default_jenkins_builds_unstable_build_count_total",
     "default_jenkins_builds_failed_build_count_total",
+    "default_jenkins_builds_aborted_build_count_total",
     "default_jenkins_builds_total_build_count_total",
     "default_jenkins_builds_last_build_tests_total",
     "default_jenkins_builds_last_stage_duration_milliseconds_summary_sum",
