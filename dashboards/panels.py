@@ -230,6 +230,8 @@ def timeline(
 def barchart(title: str, unit: str, label: str, queries: Mapping[str, str], *, description: str) -> Panel:
     """Return bars side by side, one colour for each of the named queries, along the values of a label."""
     names = {f"Value #{ref}": name for ref, name in zip("ABCDEFGH", queries, strict=False)}
+    # Where one query alone has an answer, Grafana leaves out its letter; the last is the one to compare with.
+    names["Value"] = list(queries)[-1]
     options = {
         "xField": label,
         "orientation": "vertical",
