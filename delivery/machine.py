@@ -36,7 +36,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import count
@@ -71,8 +71,7 @@ class Service:
 
     unit = "winemon-api.service"
     socket = "winemon-api.socket"
-    trial_unit = "winemon-trial.service"
-    trial_directory = Path("/run/winemon-trial")
+    trials = "winemon-trial-"
 
     def address(self) -> tuple[str, int]:
         """Return where this machine reaches the API."""
@@ -100,25 +99,28 @@ class Service:
         """Stop the service."""
         self._systemctl("stop", self.unit)
 
-    def trial(self, directory: Path, command: Sequence[str]) -> list[str]:
+    def room(self, name: str) -> Path:
+        """Return the directory that the trial `name` may write to while it runs."""
+        return Path("/run", self.trials + name)
+
+    def trial(self, name: str, directory: Path, command: Sequence[str]) -> list[str]:
         """Return what runs `command` in `directory` as the service would run, in a unit of its own."""
         properties = transient_properties(self._systemctl("cat", self.unit))
-        name = self.trial_directory.name
+        room = self.trials + name
         properties += [
             "Type=exec",
             f"WorkingDirectory={directory}",
-            f"RuntimeDirectory={name} {name}/metrics {name}/state",
+            f"RuntimeDirectory={room} {room}/metrics {room}/state",
             # Whatever becomes of this process, the trial ends.
             f"RuntimeMaxSec={2 * TRIAL_SECONDS:.0f}",
-            "TimeoutStopSec=2",
         ]
-        options = ["--quiet", "--collect", "--wait", "--pipe", f"--unit={self.trial_unit}"]
+        options = ["--quiet", "--collect", "--wait", "--pipe", f"--unit={room}"]
         return ["systemd-run", *options, *(f"--property={line}" for line in properties), "--", *command]
 
-    def end_trial(self) -> None:
-        """Stop what `trial` started, if it still runs."""
-        self._systemctl("kill", "--signal=KILL", self.trial_unit)
-        self._systemctl("stop", self.trial_unit)
+    def end_trials(self) -> None:
+        """Stop what `trial` started, where it still runs."""
+        self._systemctl("kill", "--signal=KILL", f"{self.trials}*.service")
+        self._systemctl("stop", f"{self.trials}*.service")
 
     @staticmethod
     def _systemctl(*arguments: str) -> str:
@@ -611,76 +613,91 @@ class Machine:
 
         Raises OperationError, and leaves what it said in trial.log, where it does not give them.
         """
-        with (self.state / "trial.log").open("w+b") as log:
-            python = str(release.path / "venv" / "bin" / "python")
-            self._in_trial(release, log, [python, "-m", "app.selftest", "artifacts"], _ended)
-            room = self.service.trial_directory
+        # The sandbox may not make a socket that others reach, so it is handed one, as standard input.
+        with (
+            (self.state / "trial.log").open("w+b") as log,
+            tempfile.TemporaryDirectory() as directory,
+            socket.socket(socket.AF_UNIX) as listener,
+        ):
+            path = Path(directory, "api.sock")
+            listener.bind(str(path))
+            listener.listen()
+            programs = release.path / "venv" / "bin"
+            room = self.service.room("api")
             settings = {
                 "WINEMON_RELEASE": release.path,
                 "WINEMON_BIND": "fd://0",
                 "WINEMON_WORKERS": 1,
-                "PROMETHEUS_MULTIPROC_DIR": f"{room}/metrics",
-                "STATE_DIRECTORY": f"{room}/state",
+                "PROMETHEUS_MULTIPROC_DIR": room / "metrics",
+                "STATE_DIRECTORY": room / "state",
             }
-            # Not as Environment=, which an environment file overrides.
-            command = ["/usr/bin/env", *(f"{name}={value}" for name, value in settings.items())]
-            command += [
-                f"{release.path}/venv/bin/gunicorn",
-                "--config",
-                f"{release.path}/app/gunicorn.conf.py",
-            ]
-            # The sandbox may not make a socket that others reach, so it is handed one, as standard input.
-            with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
-                path = Path(directory, "api.sock")
-                listener.bind(str(path))
-                listener.listen()
-                self._in_trial(
-                    release, log, command, lambda _: self._answers(release, path), listener.fileno()
+            commands = {
+                # Not as Environment=, which an environment file overrides.
+                "api": [
+                    "/usr/bin/env",
+                    *(f"{name}={value}" for name, value in settings.items()),
+                    str(programs / "gunicorn"),
+                    f"--config={release.path}/app/gunicorn.conf.py",
+                ],
+                "selftest": [str(programs / "python"), "-m", "app.selftest", "artifacts"],
+            }
+            self.service.end_trials()
+            processes = {
+                name: subprocess.Popen(  # noqa: S603 - no shell
+                    self.service.trial(name, release.path, command),
+                    stdin=listener.fileno(),
+                    stdout=log,
+                    stderr=log,
                 )
+                for name, command in commands.items()
+            }
+            try:
+                self._await_trials(release, processes["api"], processes["selftest"], path)
+            except OperationError as error:
+                said = _last_words(log) if any(process.poll() for process in processes.values()) else ""
+                raise OperationError(
+                    f"{release.name} fails its trial: {said or error} (all it said: {self.state}/trial.log)"
+                ) from None
+            finally:
+                self.service.end_trials()
+                for process in processes.values():
+                    process.wait()
 
-    def _in_trial(
+    def _await_trials(
         self,
         release: Release,
-        log: IO[bytes],
-        command: list[str],
-        problem: Callable[[int | None], str | None],
-        stdin: int = subprocess.DEVNULL,
+        api: "subprocess.Popen[bytes]",
+        selftest: "subprocess.Popen[bytes]",
+        path: Path,
     ) -> None:
-        """Run a command in the service's sandbox until `problem` has no more to say about it."""
-        self.service.end_trial()
-        trial = self.service.trial(release.path, command)
-        process = subprocess.Popen(trial, stdin=stdin, stdout=log, stderr=log)  # noqa: S603 - no shell
-        try:
-            ends = time.monotonic() + TRIAL_SECONDS
-            while reason := problem(process.poll()):
-                if process.poll() is not None:
-                    reason = _last_words(log) or f"exit code {process.returncode}"
-                elif time.monotonic() < ends:
-                    time.sleep(0.05)
-                    continue
+        """Return when the API at `path` has answered right and the self-test has passed; else raise."""
+        ends = time.monotonic() + TRIAL_SECONDS
+        unready: str | None = "no answer"
+        while unready or selftest.poll() is None:
+            if api.poll() is not None or selftest.poll():
+                raise OperationError("it ended")
+            if time.monotonic() > ends:
                 raise OperationError(
-                    f"{release.name} fails its trial: {reason} (all it said: {self.state}/trial.log)"
+                    f"not ready within {TRIAL_SECONDS:.0f} s: {unready or 'its self-test goes on'}"
                 )
-        finally:
-            self.service.end_trial()
-            process.wait()
+            if unready:
+                unready = self._answers(release, path)
+            time.sleep(0.02)
 
     def _answers(self, release: Release, path: Path) -> str | None:
-        """Return what is wrong with the answers of the API at a unix socket."""
-        unready = f"not ready within {TRIAL_SECONDS:.0f} s"
+        """Return why the API at a unix socket does not answer yet; raise where it answers wrongly."""
         with contextlib.closing(UnixConnection(path)) as connection:
             if reason := readiness(connection, release.model):
-                return f"{unready}: {reason}"
+                return reason
             for sample in release.samples():
                 try:
                     status, answer, version = ask(connection, "/predict", sample["wine"])
                 except UNANSWERED as error:
-                    return f"{unready}: {error}"
+                    return str(error)
                 wrong = status != 200 or abs(answer["quality"] - sample["quality"]) > TOLERANCE
                 if wrong or version != release.model:
                     raise OperationError(
-                        f"{release.name} fails its trial: model {version!r} answers {answer},"
-                        f" training of {release.model} said {sample['quality']}"
+                        f"{version} answers {answer}, training of {release.model} said {sample['quality']}"
                     )
         return None
 
@@ -851,11 +868,6 @@ def _run(*command: str) -> None:
         raise OperationError(
             f"{' '.join(command[:4])}: {said[-1] if said else f'exit code {result.returncode}'}"
         )
-
-
-def _ended(status: int | None) -> str | None:
-    """Say nothing of a process that has ended well."""
-    return None if status == 0 else f"it does not end within {TRIAL_SECONDS:.0f} s"
 
 
 def _last_words(log: IO[bytes]) -> str:
