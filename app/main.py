@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.artifacts import ArtifactError, Baseline, Manifest, load
 from app.contract import FEATURES
-from app.monitoring import Monitor, Route
+from app.monitoring import Monitor, Observe
 from app.predictor import Numbers, Predictor, Serving, disagreement, load_predictor
 from app.schemas import (
     EXAMPLE,
@@ -241,7 +241,7 @@ class Api(FastAPI):
     def __init__(self, monitor: Monitor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._monitor = monitor
-        self._json_routes: dict[str, tuple[JsonRoute, Route]] = {}
+        self._json_routes: dict[str, tuple[JsonRoute, Observe]] = {}
 
     def add_json_route(self, route: JsonRoute) -> None:
         """Serve and document a JSON route."""
@@ -267,7 +267,7 @@ class Api(FastAPI):
             view[index] -= 1.0
 
     @staticmethod
-    async def _serve(route: JsonRoute, counts: Route, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(route: JsonRoute, observe: Observe, scope: Scope, receive: Receive, send: Send) -> None:
         started = perf_counter()
         try:
             body = await route.read(receive)
@@ -277,9 +277,9 @@ class Api(FastAPI):
         try:
             reply = route.reply(scope, body)
         except Exception:
-            counts.observe(500, perf_counter() - started, received, 0)
+            observe(500, perf_counter() - started, received, 0)
             raise
-        counts.observe(reply[0], perf_counter() - started, received, len(reply[2]))
+        observe(reply[0], perf_counter() - started, received, len(reply[2]))
         await _send(reply, scope, send)
 
 

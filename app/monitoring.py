@@ -55,6 +55,12 @@ STATUSES: Final = ("1xx", "2xx", "3xx", "4xx", "5xx")
 Cell = tuple["memoryview[float]", int]
 """Where a value lives: `view[index]` is a double in a file that every worker reads."""
 
+Observe = Callable[[int, float, float, float], None]
+"""Counts one request: status, seconds, bytes received, bytes sent.
+
+Before its answer is sent, so that whoever has that is in the next scrape.
+"""
+
 Bins = tuple[list[float], list[Cell]]
 """Edges, and where values are counted: below all of them, from each of them on to the next."""
 
@@ -73,7 +79,7 @@ class Monitor:
         values.ValueClass = values.MultiProcessValue(lambda: settings.slot)  # type: ignore[no-untyped-call]  # the library has no types here
         self._views: dict[str, memoryview[float]] = {}
         self._model = b""
-        self._routes: dict[tuple[str, str], Route] = {}
+        self._routes: dict[tuple[str, str], Observe] = {}
 
         named: dict[str, Any] = {
             "namespace": settings.metrics_namespace,
@@ -157,15 +163,17 @@ class Monitor:
         self._refused.inc()
         self._state(ready=False, compiled=False)
 
-    def route(self, handler: str, method: str) -> "Route":
-        """Return the counts of a route and method, which exist from then on."""
+    def route(self, handler: str, method: str) -> Observe:
+        """Return what counts a request of a route and method, whose counts exist from then on."""
         key = (handler, method)
         if key not in self._routes:
-            self._routes[key] = Route(
+            durations = self._durations.labels(*key)
+            received, sent = self._request_sizes.labels(handler), self._response_sizes.labels(handler)
+            self._routes[key] = _observe(
                 [self._cell(self._requests.labels(*key, status)._value) for status in STATUSES],
-                self._distribution(self._durations.labels(*key)),
-                self._distribution(self._request_sizes.labels(handler)),
-                self._distribution(self._response_sizes.labels(handler)),
+                (self._cell(durations._sum), [self._cell(bucket) for bucket in durations._buckets]),
+                (self._cell(received._sum), self._cell(received._count)),
+                (self._cell(sent._sum), self._cell(sent._count)),
             )
         return self._routes[key]
 
@@ -178,17 +186,17 @@ class Monitor:
             nonlocal counted
             counted = True
             matched = scope.get("route")
-            route = self.route("none" if matched is None else matched.path, scope["method"])
+            observe = self.route("none" if matched is None else matched.path, scope["method"])
             sizes = _content_length(scope["headers"]), _content_length(headers)
-            route.observe(status, perf_counter() - started, *sizes)
+            observe(status, perf_counter() - started, *sizes)
 
-        async def observe(message: Message) -> None:
+        async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 count(message["status"], message["headers"])
             await send(message)
 
         try:
-            await app(scope, receive, observe)
+            await app(scope, receive, watched)
         except Exception:
             if not counted:
                 count(500, [])
@@ -212,13 +220,6 @@ class Monitor:
         ):
             Gauge(name, documentation, registry=None, multiprocess_mode="livemin").set(state)
 
-    def _distribution(self, child: Histogram | Summary) -> "_Distribution":
-        if isinstance(child, Histogram):
-            return _Distribution(
-                self._cell(child._sum), child._upper_bounds, [self._cell(bucket) for bucket in child._buckets]
-            )
-        return _Distribution(self._cell(child._sum), [], [self._cell(child._count)])
-
     def _cell(self, value: Any) -> Cell:
         """Find where prometheus_client keeps a value, in a mapping of our own of the same file."""
         name, position = value._file._fname, value._file._positions[value._key] // 8
@@ -228,47 +229,29 @@ class Monitor:
         return self._views[name], position
 
 
-class _Distribution:
-    """A histogram or, without bounds, a summary: a sum, and a count for each bucket."""
+def _observe(
+    statuses: Sequence[Cell],
+    durations: tuple[Cell, Sequence[Cell]],
+    requests: tuple[Cell, Cell],
+    responses: tuple[Cell, Cell],
+) -> Observe:
+    # Written out and bound beforehand, as every request pays for each call and lookup in here.
+    (times, time), buckets = durations
+    (received, i), (receipts, j) = requests
+    (sent, k), (sendings, m) = responses
 
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, total: Cell, bounds: list[float], counts: list[Cell]) -> None:
-        self._sum = total
-        self._bounds = bounds
-        self._counts = counts
-
-    def observe(self, amount: float) -> None:
-        view, index = self._sum
-        view[index] += amount
-        view, index = self._counts[bisect_left(self._bounds, amount)]
+    def observe(status: int, seconds: float, request_size: float, response_size: float) -> None:
+        view, index = statuses[status // 100 - 1]
         view[index] += 1.0
-
-
-class Route:
-    """The HTTP metrics of one route and method."""
-
-    __slots__ = ("_durations", "_request_sizes", "_response_sizes", "_statuses")
-
-    def __init__(
-        self,
-        statuses: list[Cell],
-        durations: _Distribution,
-        request_sizes: _Distribution,
-        response_sizes: _Distribution,
-    ) -> None:
-        self._statuses = statuses
-        self._durations = durations
-        self._request_sizes = request_sizes
-        self._response_sizes = response_sizes
-
-    def observe(self, status: int, seconds: float, received: float, sent: float) -> None:
-        """Count one request: before its answer is sent, so that whoever has that is in the next scrape."""
-        view, index = self._statuses[status // 100 - 1]
+        times[time] += seconds
+        view, index = buckets[bisect_left(DURATION_BUCKETS, seconds)]
         view[index] += 1.0
-        self._durations.observe(seconds)
-        self._request_sizes.observe(received)
-        self._response_sizes.observe(sent)
+        received[i] += request_size
+        receipts[j] += 1.0
+        sent[k] += response_size
+        sendings[m] += 1.0
+
+    return observe
 
 
 class _ModelCollector(Collector):

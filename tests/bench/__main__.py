@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -21,9 +22,10 @@ import tempfile
 import time
 import timeit
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.preprocessing import StandardScaler
 
 from app.artifacts import load
+from app.contract import FEATURE_NAMES
 from app.predictor import load_predictor
 from app.schemas import EXAMPLE
 from tests.bench.clients import Tally, crowd, post
@@ -41,15 +44,21 @@ ROOT = Path(__file__).parents[2]
 OUTPUT = ROOT / "build" / "bench"
 SECONDS = 3
 CONNECTIONS = 16
-WINE = json.dumps(EXAMPLE)
-BATCH = json.dumps({"samples": [EXAMPLE] * 1000})
-TICK = os.sysconf("SC_CLK_TCK")
-SERVICES = {
-    "winemon": ("app/gunicorn.conf.py", "app.main:create_app()"),
-    "unmetered": ("app/gunicorn.conf.py", "tests.bench.variants:unmetered()"),
-    "floor": ("app/gunicorn.conf.py", "tests.bench.variants:floor()"),
-    "limit": ("app/gunicorn.conf.py", "tests.bench.variants:limit()"),
-    "reference": (None, "tests.bench.reference:app"),
+OURS = ("--config", "app/gunicorn.conf.py")
+COUNTED = r'^fastapi_monitoring_http_requests_total{handler="/predict",method="POST",status="2xx"} (\d+)'
+PLAIN = ("--workers", "2", "--no-control-socket", "--worker-class")
+UVICORN = "uvicorn_worker.UvicornWorker"
+SERVICES: dict[str, tuple[str, ...]] = {
+    "winemon": ("app.main:create_app()", *OURS),
+    "unmetered": ("tests.bench.variants:unmetered()", *OURS),
+    "floor": ("tests.bench.variants:floor()", *OURS),
+    "limit": ("tests.bench.variants:limit()", *OURS),
+    "reference": ("tests.bench.reference:app", *PLAIN, UVICORN),
+}
+ALTERNATIVES: dict[str, tuple[str, ...]] = {
+    "instrumentator": ("tests.bench.variants:instrumented()", *OURS),
+    "uvicorn_worker": ("app.main:create_app()", *PLAIN, UVICORN),
+    "asgi_worker": ("app.main:create_app()", *PLAIN, "asgi"),
 }
 
 
@@ -80,20 +89,16 @@ class Service:
     def __init__(self, name: str, directory: Path, **environment: str) -> None:
         if name == "reference":
             environment["WINEMON_ARTIFACTS_DIR"] = str(train_reference(directory / "artifacts"))
-        configuration, application = SERVICES[name]
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.metrics = directory / name
         self.metrics.mkdir()
-        command = [Path(sys.executable).with_name("gunicorn"), application]
-        if configuration:
-            command += ["--config", configuration]
-        else:
-            command += ["--workers", "2", "--worker-class", "uvicorn_worker.UvicornWorker"]
-            command += ["--bind", f"127.0.0.1:{self.port}", "--no-control-socket"]
+        command = [str(Path(sys.executable).with_name("gunicorn")), *(SERVICES | ALTERNATIVES)[name]]
+        if "--config" not in command:
+            command += ["--bind", f"127.0.0.1:{self.port}"]
         started = time.monotonic()
         self.process = subprocess.Popen(
-            list(map(str, command)),
+            command,
             cwd=ROOT,
             env={
                 **os.environ,
@@ -109,12 +114,16 @@ class Service:
         while not self.answers("/ready"):
             if time.monotonic() > started + 60 or self.process.poll() is not None:
                 self.stop()
-                raise SystemExit(f"{name}: not ready; see what `{' '.join(map(str, command))}` says")
+                raise SystemExit(f"{name}: not ready; see what `{' '.join(command)}` says")
             time.sleep(0.01)
         self.ready_seconds = time.monotonic() - started
 
     def answers(self, path: str) -> bool:
         """Whether a GET of the path is answered 200."""
+        return self.get(path).startswith("HTTP/1.1 200 ")
+
+    def get(self, path: str) -> str:
+        """Return the response to a GET of the path, or nothing where there is none."""
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=5) as client:
                 client.sendall(f"GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n".encode())
@@ -122,8 +131,8 @@ class Service:
                 while part := client.recv(65536):
                     answer += part
         except OSError:
-            return False
-        return answer.startswith(b"HTTP/1.1 200 ")
+            return ""
+        return answer.decode()
 
     @property
     def workers(self) -> list[int]:
@@ -134,12 +143,12 @@ class Service:
         return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
     def cpu(self) -> float:
-        """CPU seconds that the master and its workers, dead ones too, have used."""
-        ticks = 0
+        """CPU seconds that the master and its workers have used, to the nanosecond."""
+        nanoseconds = 0
         for pid in (self.process.pid, *self.workers):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15] if pid == self.process.pid else fields[11:13]))
-        return ticks / TICK
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                nanoseconds += int((task / "schedstat").read_text().split()[0])
+        return nanoseconds / 1e9
 
     def memory(self) -> float:
         """Proportional set size of the master and its workers, in MB."""
@@ -196,15 +205,28 @@ class Load:
     p99_ms: float
 
 
-def load_with_wrk(target: Service, body: str, path: str = "/predict", seconds: int = SECONDS) -> Load:
-    """Send the same request over 16 keep-alive connections for some seconds; any failure ends the bench."""
-    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write(
-            f'wrk.method = "POST"\nwrk.body = [[{body}]]\nwrk.headers["Content-Type"] = "application/json"\n'
+def load_with_wrk(
+    target: Service, bodies: Sequence[str], path: str = "/predict", seconds: float = SECONDS
+) -> Load:
+    """Send these bodies in turn over 16 keep-alive connections for some seconds; a failure ends the bench."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        script, lines = Path(directory) / "script.lua", Path(directory) / "bodies"
+        lines.write_text("\n".join(bodies))
+        script.write_text(
+            f"""local requests, last = {{}}, 0
+            function init()
+                for body in io.lines("{lines}") do
+                    requests[#requests + 1] =
+                        wrk.format("POST", nil, {{["Content-Type"] = "application/json"}}, body)
+                end
+            end
+            function request()
+                last = last % #requests + 1
+                return requests[last]
+            end"""
         )
-        script.flush()
         url = f"http://127.0.0.1:{target.port}{path}"
-        command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--latency", "-s", script.name, url]
+        command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--latency", "-s", str(script), url]
         before = target.cpu()
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         cpu = target.cpu() - before
@@ -220,22 +242,29 @@ def load_with_wrk(target: Service, body: str, path: str = "/predict", seconds: i
     return Load(cpu / requests * 1000, rate, p99)
 
 
+def wines() -> list[str]:
+    """Return 1,000 wines of the training data, each as JSON."""
+    rows = prepare(None).training.features[:1000].tolist()
+    return [json.dumps(dict(zip(FEATURE_NAMES, row, strict=True))) for row in rows]
+
+
 def serving(rounds: int) -> list[Figure]:
     """Compare the services under load, rounds interleaved, and their memory and start."""
     loads: dict[str, list[Load]] = {name: [] for name in SERVICES}
+    singles, batch = wines(), '{"samples": [' + ", ".join(wines()) + "]}"
     batches: list[Load] = []
     memory: dict[str, list[float]] = {name: [] for name in SERVICES}
     ready: list[float] = []
     for number in range(rounds):
         for name, seen in loads.items():
             with service(name) as running:
-                load_with_wrk(running, WINE, seconds=1)
-                seen.append(load_with_wrk(running, WINE))
+                load_with_wrk(running, singles, seconds=1)
+                seen.append(load_with_wrk(running, singles))
                 memory[name].append(running.memory())
                 say(f"round {number + 1}: {name} {seen[-1].cpu_ms:.3f} ms CPU, {seen[-1].rate:.0f}/s")
                 if name == "winemon":
                     ready.append(running.ready_seconds)
-                    batches.append(load_with_wrk(running, BATCH, "/predict/batch"))
+                    batches.append(load_with_wrk(running, [batch], "/predict/batch"))
 
     def ratio(above: str, below: str, get: Callable[[Load], float] = lambda load: load.cpu_ms) -> list[float]:
         return [get(a) / get(b) for a, b in zip(loads[above], loads[below], strict=True)]
@@ -257,7 +286,6 @@ def serving(rounds: int) -> list[Figure]:
             ratio("winemon", "reference", lambda load: load.p99_ms),
             1 / 4,
         ),
-        Figure("cpu_metrics_on_to_off", "ratio", ratio("winemon", "unmetered"), 1.06),
         Figure(
             "batch_rows_per_cpu_to_single",
             "ratio",
@@ -274,9 +302,43 @@ def serving(rounds: int) -> list[Figure]:
     ]
 
 
+def paired(names: Sequence[str], rounds: int) -> dict[str, list[Load]]:
+    """Load services that all run, one after the other in each short round, every other round backwards."""
+    singles = wines()
+    loads: dict[str, list[Load]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        services = {name: stack.enter_context(service(name)) for name in names}
+        for running in services.values():
+            load_with_wrk(running, singles, seconds=1)
+        for number in range(rounds):
+            for name in names if number % 2 else reversed(names):
+                loads[name].append(load_with_wrk(services[name], singles, seconds=1))
+    return loads
+
+
+def metrics(rounds: int) -> list[Figure]:
+    """Compare metrics on with metrics off."""
+    loads = paired(["winemon", "unmetered"], 8 * rounds)
+    pairs = zip(loads["winemon"], loads["unmetered"], strict=True)
+    return [Figure("cpu_metrics_on_to_off", "ratio", [on.cpu_ms / off.cpu_ms for on, off in pairs], 1.06)]
+
+
+def alternatives(rounds: int) -> list[Figure]:
+    """Compare what serves with what could: other servers, and other metrics of HTTP."""
+    loads = paired(["winemon", "unmetered", *ALTERNATIVES], 2 * rounds)
+    return [
+        Figure(
+            f"cpu_{name}_to_winemon",
+            "ratio",
+            [other.cpu_ms / ours.cpu_ms for other, ours in zip(loads[name], loads["winemon"], strict=True)],
+        )
+        for name in ("unmetered", *ALTERNATIVES)
+    ]
+
+
 def predictor(rounds: int) -> list[Figure]:
     """Time one row through the model, in this process."""
-    artifacts = load(ROOT / "artifacts")
+    artifacts = load(ROOT / os.environ.get("WINEMON_ARTIFACTS_DIR", "artifacts"))
     loaded = load_predictor(artifacts)
     rows = [sample.row for sample in artifacts.manifest.samples]
 
@@ -299,7 +361,7 @@ def scraping(rounds: int, recycles: int) -> list[Figure]:
         return (running.cpu() - before) / 200 * 1000
 
     with service("winemon") as running:
-        load_with_wrk(running, WINE, seconds=1)
+        load_with_wrk(running, wines(), seconds=1)
         fresh = [cost(running) for _ in range(rounds)]
         dead = 0
         while dead < recycles:
@@ -309,7 +371,7 @@ def scraping(rounds: int, recycles: int) -> list[Figure]:
             dead += len(before)
             while set(before) & set(running.workers) or len(running.connections()) < 2:
                 time.sleep(0.01)
-        load_with_wrk(running, WINE, seconds=1)
+        load_with_wrk(running, wines(), seconds=1)
         worn = [cost(running) for _ in range(rounds)]
         old = set(running.workers)
         running.process.send_signal(signal.SIGHUP)
@@ -345,37 +407,61 @@ def spreading(bursts: int) -> list[Figure]:
     ]
 
 
-def leaving(recycles: int, reloads: int) -> list[Figure]:
-    """Replace workers under clients that pause 0 to 3 s, and count the requests that failed."""
-    tallies: list[Tally] = []
-    starts: list[int] = []
+def leaving(recycles: int, reloads: int, kills: int) -> list[Figure]:
+    """Replace workers under load; count the requests that failed, and those counted wrongly.
 
-    async def disturb(running: Service, until: Callable[[], bool], reloads: int) -> Tally:
-        stop = asyncio.Event()
-        clients = asyncio.create_task(crowd(running.port, post(WINE.encode()), 200, 3, stop))
-        for _ in range(reloads):
-            old = set(running.workers)
-            running.process.send_signal(signal.SIGHUP)
-            while old & set(running.workers):
-                await asyncio.sleep(0.05)
-        seen = set(running.workers)
-        while not until():
-            seen |= set(running.workers)
-            starts.append(len(seen))
-            await asyncio.sleep(0.05)
-        stop.set()
-        return await clients
+    Whoever leaves tells its clients, which pause 0 to 3 s. Whoever is killed cannot, and its clients never
+    pause, so that each may have a request in hand.
+    """
 
-    with service("winemon") as running:
-        tallies.append(asyncio.run(disturb(running, lambda: True, reloads)))
-    with service("winemon", WINEMON_MAX_REQUESTS="100") as running:
-        tallies.append(asyncio.run(disturb(running, lambda: bool(starts) and starts[-1] > recycles + 2, 0)))
-    return [
-        Figure("failed_requests_over_reloads", f"of {tallies[0].answered}", [len(tallies[0].failures)], 0),
-        Figure("failed_requests_over_recycles", f"of {tallies[1].answered}", [len(tallies[1].failures)], 0),
-        Figure("reloads", "reloads", [reloads]),
-        Figure("recycled_workers", "workers", [starts[-1] - 2]),
-    ]
+    def reload(running: Service) -> None:
+        old = set(running.workers)
+        running.process.send_signal(signal.SIGHUP)
+        while old & set(running.workers):
+            time.sleep(0.05)
+
+    def recycle(running: Service) -> None:
+        old = set(running.workers)
+        while not set(running.workers) - old:
+            time.sleep(0.05)
+
+    def kill(running: Service) -> None:
+        time.sleep(0.5)
+        victim = random.choice(running.workers)  # noqa: S311 - no secret
+        os.kill(victim, signal.SIGKILL)
+        while victim in running.workers or len(running.connections()) < 2:
+            time.sleep(0.05)
+
+    figures = []
+    for name, disturb, times, clients, pause, environment in (
+        ("reloads", reload, reloads, 200, 3.0, {}),
+        ("recycles", recycle, recycles, 200, 3.0, {"WINEMON_MAX_REQUESTS": "100"}),
+        ("kills", kill, kills, CONNECTIONS, 0.0, {}),
+    ):
+        with service("winemon", **environment) as running:
+            tally = asyncio.run(disturbed(running, partial(disturb, running), times, clients, pause))
+            counted = int(re.search(COUNTED, running.get("/metrics"), re.MULTILINE)[1])  # type: ignore[index]
+        failed, beyond = len(tally.failures), counted - tally.answered
+        # A killed worker may have counted an answer that was lost with it, never the other way round.
+        lost = f"of {tally.answered + failed}"
+        figures += [
+            Figure(f"failed_requests_over_{name}", lost, [failed], clients * times if pause == 0 else 0),
+            Figure(f"miscounted_requests_over_{name}", lost, [max(-beyond, beyond - failed, 0)], 0),
+            Figure(name, "times", [times]),
+        ]
+    return figures
+
+
+async def disturbed(
+    running: Service, disturb: Callable[[], None], times: int, clients: int, pause: float
+) -> Tally:
+    """Disturb the service some times while clients use it; return what they saw."""
+    stop = asyncio.Event()
+    load = asyncio.create_task(crowd(running.port, post(json.dumps(EXAMPLE).encode()), clients, pause, stop))
+    for _ in range(times):
+        await asyncio.to_thread(disturb)
+    stop.set()
+    return await load
 
 
 def say(line: str) -> None:
@@ -447,25 +533,27 @@ def plot(figures: list[Figure]) -> None:
 
 def main() -> int:
     """Run the command; return its exit code."""
+    parts: dict[str, Callable[[argparse.Namespace], list[Figure]]] = {
+        "predictor": lambda given: predictor(given.rounds),
+        "serving": lambda given: serving(given.rounds),
+        "metrics": lambda given: metrics(given.rounds),
+        "alternatives": lambda given: alternatives(given.rounds),
+        "spreading": lambda _: spreading(100),
+        "scraping": lambda given: scraping(given.rounds, given.recycles),
+        "leaving": lambda _: leaving(100, 20, 20),
+    }
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure what serving costs.")
     parser.add_argument("--rounds", type=int, default=5, help="of each service (default: %(default)s)")
     parser.add_argument("--recycles", type=int, default=1000, help="workers killed (default: %(default)s)")
-    parser.add_argument("--only", choices=("serving", "predictor", "scraping", "spreading", "leaving"))
+    parser.add_argument("--only", choices=parts)
     arguments = parser.parse_args()
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not installed: apt install wrk")
     where = machine()
-    parts: dict[str, Callable[[], list[Figure]]] = {
-        "predictor": lambda: predictor(arguments.rounds),
-        "serving": lambda: serving(arguments.rounds),
-        "spreading": lambda: spreading(100),
-        "scraping": lambda: scraping(arguments.rounds, arguments.recycles),
-        "leaving": lambda: leaving(100, 20),
-    }
     figures: list[Figure] = []
     for name, measure in parts.items():
         if arguments.only in (None, name):
-            figures += measure()
+            figures += measure(arguments)
     sys.stdout.write(write(figures, where))
     outside = [figure.name for figure in figures if not figure.ok]
     if outside:

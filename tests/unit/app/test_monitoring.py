@@ -267,7 +267,7 @@ def test_counts_go_on_where_a_file_outgrows_its_mapping(settings: Settings) -> N
     monitor = Monitor(settings)
     for _ in range(2):
         for number in range(400):
-            monitor.route("none", f"M{number}").observe(200, 0.1, 0, 0)
+            monitor.route("none", f"M{number}")(200, 0.1, 0, 0)
     assert (settings.metrics_dir / "counter_0.db").stat().st_size > 65536
     samples = parse(monitor.scrape().decode())
     for number in range(400):
@@ -277,7 +277,7 @@ def test_counts_go_on_where_a_file_outgrows_its_mapping(settings: Settings) -> N
 
 def test_our_stores_are_what_the_client_library_reads(settings: Settings) -> None:
     Monitor(settings).overload.inc()
-    Monitor(settings).route("none", "GET").observe(404, 0.1, 0, 0)
+    Monitor(settings).route("none", "GET")(404, 0.1, 0, 0)
     content = {
         tuple(json.loads(key)[:2]): number
         for key, number, *_ in MmapedDict.read_all_values_from_file(settings.metrics_dir / "counter_0.db")
