@@ -126,7 +126,7 @@ class Connection(HttpToolsProtocol):
     stalled: object = None
     stalled_since = 0.0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: Any) -> None:
         """Join the connections of this worker."""
         super().connection_made(transport)
         self._tell()
@@ -144,7 +144,8 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         cycle.__class__ = Cycle  # uvicorn names the class itself
-        cycle.scope["winemon.reply"] = True
+        scope: Any = cycle.scope
+        scope["winemon.reply"] = True
         # What one turn of the event loop received is all started before any of it is served.
         super()._start_asgi_task(cycle, app if len(self.tasks) < _MAX_CONCURRENCY else self._overloaded)
 
@@ -156,14 +157,15 @@ class Connection(HttpToolsProtocol):
     def close_if_stalled(self, now: float) -> None:
         """Answer 408 to a client that has been at the same unfinished request for too long."""
         unfinished: object = None
-        if self.scope is None:
+        scope: Any = self.scope  # None until the first request, whatever its type says
+        if scope is None:
             unfinished = self
-        elif self.cycle is None or self.cycle.scope is not self.scope or self.cycle.more_body:
-            unfinished = self.scope
+        elif self.cycle is None or self.cycle.scope is not scope or self.cycle.more_body:
+            unfinished = scope
         if unfinished is None or unfinished is not self.stalled:
             self.stalled, self.stalled_since = unfinished, now
-        elif now - self.stalled_since > (_REQUEST_TIMEOUT if self.scope else keepalive):
-            if self.scope and (
+        elif now - self.stalled_since > (_REQUEST_TIMEOUT if scope else keepalive):
+            if scope and (
                 self.cycle is None or not self.cycle.response_started or self.cycle.response_complete
             ):
                 self.transport.write(
@@ -241,7 +243,8 @@ class LeavingServer(Server):
         if counter % 10 == 0:
             self.waited = 0 if counter % 50 == 0 else self.waited
             now = time.monotonic()
-            for connection in list(self.server_state.connections):
+            connections: set[Any] = self.server_state.connections
+            for connection in list(connections):
                 connection.close_if_stalled(now)
         return await super().on_tick(counter)
 
@@ -265,7 +268,7 @@ class LeavingServer(Server):
         await super().shutdown(sockets=sockets)
 
 
-class Worker(UvicornWorker):
+class Worker(UvicornWorker):  # type: ignore[misc]  # the library has no types
     """A uvicorn worker with the server and the connections above."""
 
     CONFIG_KWARGS = {"loop": "uvloop", "http": Connection, "server_header": False}  # noqa: RUF012 - uvicorn's
