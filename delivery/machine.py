@@ -304,9 +304,14 @@ class Release:
 
     def samples(self) -> list[dict[str, Any]]:
         """Return wines with the qualities that training predicted."""
-        artifacts = json.loads((self.path / "artifacts" / MANIFEST).read_bytes())
-        samples: list[dict[str, Any]] = artifacts["samples"]
-        return samples
+        try:
+            artifacts = json.loads((self.path / "artifacts" / MANIFEST).read_bytes())
+            return [
+                {"wine": sample["wine"], "quality": float(sample["quality"])}
+                for sample in artifacts["samples"]
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.name}: no samples in artifacts/{MANIFEST}: {error}") from error
 
 
 def verified(path: Path) -> Release:

@@ -1,0 +1,333 @@
+"""The story of releases under load: deployed, broken, rolled back, and never a failed request."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from delivery import archive, release
+from tests.e2e.conftest import BUILD, INVENTORY, ROOT, Site
+
+Edit = Callable[[Path], None]
+STORE = "/srv/winemon/releases"
+USERS = 50
+
+
+def replace(file: str, old: str, new: str) -> Edit:
+    """Return an edit that changes one line of one file."""
+
+    def edit(checkout: Path) -> None:
+        path = checkout / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{file}: {old}"
+        path.write_text(text.replace(old, new))
+
+    return edit
+
+
+HEALTH = 'return Liveness(status="ok")'
+SAYS_WHO = 'import os; return Liveness(status=f"changed {os.getpid()}")'
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Edit], Path]:
+    """Return what builds a release of this code and these artifacts after an edit."""
+    base = tmp_path_factory.mktemp("checkouts") / "base"
+    for folder in ("app", "requirements", "artifacts"):
+        shutil.copytree(ROOT / folder, base / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", base)
+    (base / ".gitignore").write_text("/artifacts/\n/build/\n")
+    git = ["git", "-C", str(base), "-c", "user.name=tester", "-c", "user.email=tester@localhost"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=base"]):
+        subprocess.run([*git, *command], check=True)
+
+    def after(edit: Edit) -> Path:
+        checkout = Path(shutil.copytree(base, base.with_name(os.urandom(4).hex())))
+        edit(checkout)
+        return release.build(checkout)
+
+    return after
+
+
+def name(built: Path) -> str:
+    return built.name.removeprefix("winemon-").removesuffix(".tar.gz")
+
+
+def send(site: Site, file: Path) -> str:
+    """Copy a file to the machine, as its user may, and return where it is there."""
+    target = f"/var/tmp/{file.name}"  # noqa: S108 - of a throw-away machine
+    command = ["ssh", "-F", str(site.ssh_config), site.name, f"cat >{target}"]
+    subprocess.run(command, input=file.read_bytes(), check=True)
+    return target
+
+
+def status(site: Site) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(site.run("winemon-release status"))
+    return found
+
+
+def ledger(site: Site) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in site.run("cat /var/lib/winemon-release/ledger.jsonl").splitlines()]
+
+
+def publish(site: Site, built: Path) -> str:
+    """Publish a release as `make publish` does and return its name."""
+    pythons = json.dumps({"winemon_api_pythons": [status(site)["python"]]})
+    site.play("ansible/publish.yml", "-e", f"release={built}", "-e", pythons)
+    return name(built)
+
+
+def timed(site: Site, playbook: str, *options: str) -> float:
+    """Run a play and return the seconds from the command to the new version answering from every worker."""
+    start = time.time()
+    site.play(playbook, *options)
+    line = ledger(site)[-1]
+    assert line["result"] == "ok"
+    seconds = datetime.fromisoformat(line["time"]).timestamp() - start
+    with (BUILD / "deployments.log").open("a") as file:
+        file.write(f"{line['action']} {line['from']} -> {line['to']}: {seconds:.1f} s\n")
+    return seconds
+
+
+def refused(site: Site, command: str, why: str) -> None:
+    """Require a command to be refused in one line that says why, and the live release to be what it was."""
+    before = status(site)
+    result = site.ssh(f"sudo winemon-release {command}")
+    assert result.returncode in (1, 2), result
+    assert result.stderr.count("\n") == 1
+    assert why in result.stderr, result.stderr
+    assert ledger(site)[-1]["result"] in result.stderr
+    after = status(site)
+    assert (after["live"], after["workers"]) == (before["live"], before["workers"])
+    assert "winemon-trial" not in site.run("systemctl list-units --all --plain --no-legend 'winemon-*'")
+
+
+class Load:
+    """Locust on the machine, with keep-alive users that pause 0 to 3 s."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self.url = f"http://{site.address}:8089"
+
+    def _ask(self, method: str, path: str, **options: Any) -> Any:
+        auth = self._site.secret("locust")
+        return (
+            self._site.client.request(method, self.url + path, auth=auth, **options).raise_for_status().json()
+        )
+
+    def start(self) -> None:
+        """Start the users and wait until they make requests."""
+        form = {"user_count": USERS, "spawn_rate": USERS, "host": self._site.api(""), "max_wait": 3}
+        assert self._ask("POST", "/swarm", data={key: str(value) for key, value in form.items()})["success"]
+        deadline = time.monotonic() + 30
+        while self.served() < USERS:
+            assert time.monotonic() < deadline, "the users do not start"
+            time.sleep(0.5)
+
+    def served(self) -> int:
+        """Return how many requests there were; none may have failed."""
+        stats = self._ask("GET", "/stats/requests")
+        total = next(row for row in stats["stats"] if row["name"] == "Aggregated")
+        assert total["num_failures"] == 0, stats["errors"]
+        assert stats["user_count"] == USERS or total["num_requests"] < USERS
+        return int(total["num_requests"])
+
+    def stop(self) -> None:
+        """Stop the users."""
+        self._site.client.get(f"{self.url}/stop", auth=self._site.secret("locust"))
+
+
+@pytest.fixture(scope="module")
+def load(site: Site) -> Iterator[Load]:
+    if site.ssh("test -e /opt/winemon/current").returncode:
+        site.play("site.yml")
+    load = Load(site)
+    load.start()
+    yield load
+    load.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_request_fails(load: Load) -> Iterator[None]:
+    """Hold every story to it: requests before, meanwhile and after, and none that failed."""
+    before = load.served()
+    yield
+    time.sleep(3)  # Locust's worker reports every three seconds
+    assert load.served() > before
+
+
+@pytest.fixture(scope="module")
+def model(build: Callable[[Edit], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build a release of a model that was trained on fewer wines."""
+    directory = tmp_path_factory.mktemp("model")
+    header, *rows = (ROOT / "training" / "data" / "winequality-red.csv").read_text().splitlines(keepends=True)
+    (directory / "fewer.csv").write_text(header + "".join(rows[:-200]))
+    command = [ROOT / ".venv/training/bin/python", "-m", "training.train", "--data", directory / "fewer.csv"]
+    subprocess.run([*command, "--output", directory / "artifacts"], cwd=ROOT, check=True, capture_output=True)
+
+    def edit(checkout: Path) -> None:
+        shutil.rmtree(checkout / "artifacts")
+        shutil.copytree(directory / "artifacts", checkout / "artifacts")
+
+    return build(edit)
+
+
+def test_a_model_is_deployed(site: Site, model: Path) -> None:
+    before = site.client.get(site.api("/model")).json()["version"]
+    published = publish(site, model)
+    assert timed(site, "ansible/deploy.yml", "-e", "why='a better model'") < 30
+    now = status(site)
+    assert now["live"] == published
+    assert now["ready"]
+    assert site.client.get(site.api("/model")).json()["version"] != before
+    line = ledger(site)[-1]
+    assert (line["action"], line["to"], line["from"], line["who"]) == (
+        "switch",
+        published,
+        now["previous"],
+        "debian",
+    )
+    assert line["why"] == "a better model"
+
+
+def test_one_changed_line_is_deployed_and_read_from_every_worker(
+    site: Site, build: Callable[[Edit], Path]
+) -> None:
+    published = publish(site, build(replace("app/main.py", HEALTH, SAYS_WHO)))
+    timed(site, "ansible/deploy.yml", "-e", f"release={published}")
+    master = site.run("systemctl show --property=MainPID --value winemon-api")
+    answers = set()
+    deadline = time.monotonic() + 20
+    with contextlib.ExitStack() as held:  # a new connection goes to the worker that has the fewest
+        while set(site.run(f"pgrep -P {master}").split()) != {answer.split()[1] for answer in answers}:
+            assert time.monotonic() < deadline, answers
+            for _ in range(10):
+                client = held.enter_context(httpx.Client(trust_env=False))
+                answers.add(client.get(site.api("/healthcheck")).json()["status"])
+    assert all(answer.startswith("changed ") for answer in answers)
+
+
+def test_a_rollback_brings_back_what_was_live_before(site: Site, model: Path) -> None:
+    assert timed(site, "ansible/rollback.yml") < 20
+    assert status(site)["live"] == name(model)
+    assert site.client.get(site.api("/healthcheck")).json() == {"status": "ok"}
+
+
+def test_broken_releases_are_refused(site: Site, build: Callable[[Edit], Path], tmp_path: Path) -> None:
+    good = build(replace("app/main.py", HEALTH, HEALTH + "  # the same"))
+    with tarfile.open(good) as tar:
+        files: dict[str, Path | bytes] = {
+            member.name: content.read() for member in tar if (content := tar.extractfile(member))
+        }
+    corrupt = tmp_path / good.name
+    archive.write(corrupt, {**files, "artifacts/model.joblib": b"something else"})
+    refused(site, f"install {send(site, corrupt)}", "model.joblib is not the file that its manifest names")
+    wrong = hashlib.sha256(b"another").hexdigest()
+    refused(site, f"install {send(site, good)} --sha256 {wrong}", f"expected {wrong[:12]}")
+    assert name(good) not in status(site)["releases"]
+
+
+def predictions_off(checkout: Path) -> None:
+    path = checkout / "artifacts" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["samples"][0]["quality"] += 1e-6
+    path.write_text(json.dumps(manifest))
+
+
+READY = "return JSONResponse(readiness.model_dump(), 200 if readiness.ready else 503)"
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (replace("app/main.py", "import gzip\n", "import gzip\nimport wine_cellar\n"), "wine_cellar"),
+        (predictions_off, "fails its trial"),
+        (
+            replace("app/main.py", READY, READY.replace("200 if readiness.ready else ", "")),
+            "not ready within",
+        ),
+        (
+            replace(
+                "app/main.py",
+                "import gzip\n",
+                "import gzip\nimport os\nassert not os.environ['WINEMON_RELEASE'].endswith('current')\n",
+            ),
+            "is live again",
+        ),
+    ],
+    ids=["import error", "failing self-test", "never ready", "fails where it is live"],
+)
+def test_releases_that_do_not_work_never_get_live(
+    site: Site, build: Callable[[Edit], Path], edit: Edit, why: str
+) -> None:
+    broken = send(site, build(edit))
+    assert site.ssh(f"sudo winemon-release install {broken}").returncode == 0
+    refused(site, f"switch {name(Path(broken))} --why test", why)
+
+
+def test_a_controller_that_is_lost_right_after_the_switch_leaves_it_finished(
+    site: Site, build: Callable[[Edit], Path]
+) -> None:
+    published = publish(site, build(replace("app/main.py", HEALTH, HEALTH.replace("ok", "fine"))))
+    play = subprocess.Popen(
+        [ROOT / ".venv/ansible/bin/ansible-playbook", "-i", INVENTORY, "ansible/deploy.yml"],
+        cwd=ROOT,
+        env={**os.environ, "ANSIBLE_SSH_ARGS": "-o ControlMaster=no"},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    site.run(f"until readlink /opt/winemon/current | grep -qF {published}; do sleep 0.01; done")
+    os.killpg(play.pid, signal.SIGKILL)
+    assert play.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while ledger(site)[-1]["to"] != published or ledger(site)[-1]["action"] != "switch":
+        assert time.monotonic() < deadline, ledger(site)[-1]
+        time.sleep(0.2)
+    assert ledger(site)[-1]["result"] == "ok"
+    assert status(site)["live"] == published
+    assert site.client.get(site.api("/healthcheck")).json() == {"status": "fine"}
+
+
+def test_other_libraries_restart_the_service_behind_its_socket(
+    site: Site, build: Callable[[Edit], Path]
+) -> None:
+    built = build(replace("requirements/app.txt", "#    make lock\n", "#    make lock (again)\n"))
+    before = status(site)
+    (venv,) = before["environments"]
+    lock = hashlib.sha256((built.parents[1] / "requirements" / "app.txt").read_bytes()).hexdigest()[:12]
+    suffix = f"py{before['python']}-{before['architecture']}.tar.gz"
+    wheels = f"/var/tmp/app-{lock}-{suffix}"  # noqa: S108 - of a throw-away machine
+    site.run(f"cp {STORE}/{venv}-{before['architecture']}.tar.gz {wheels}")
+    site.run(f"winemon-release publish {send(site, built)} --wheels {wheels}")
+    timed(site, "ansible/deploy.yml")
+    now = status(site)
+    assert now["live"] == name(built)
+    assert now["workers"] == {now["live"]: sum(now["workers"].values())}
+    assert len(now["environments"]) == 2
+
+
+def test_site_leaves_the_version_to_deployment(site: Site) -> None:
+    timed(site, "ansible/rollback.yml")
+    live = status(site)["live"]
+    assert site.changed(site.play("site.yml")) == 0
+    assert status(site)["live"] == live
+    index = json.loads(site.run(f"cat {STORE}/index.json"))
+    assert index["live"] == live, "what a new machine gets"
+
+
+def test_the_load_was_a_load(load: Load) -> None:
+    assert load.served() > 1000
+    with (BUILD / "deployments.log").open("a") as file:
+        file.write(f"{load.served()} requests of {USERS} users, 0 failed\n")
