@@ -1,11 +1,21 @@
-"""Build the stand-in for Grafana in the two forms that its maker ships: a Debian package and an archive."""
+"""Build the stand-in for Grafana in the forms that its maker has: package, archive and signed repository."""
 
+import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
+import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+import yaml
+
+REPOSITORY: Final = "https://apt.grafana.com"
+DEFAULTS: Final = Path(__file__).parents[3] / "roles/grafana/defaults/main.yml"
+VERSION: Final[str] = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["grafana_version"]
+"""The version that the role wants."""
 SERVER: Final = Path(__file__).with_name("server.py")
 
 CONTROL: Final = """\
@@ -104,3 +114,39 @@ def archive(version: str, directory: Path) -> Path:
         home(Path(temporary, f"grafana-{version}"), version)
         subprocess.run(["tar", "-czf", path, "-C", temporary, f"grafana-{version}"], check=True)
     return path
+
+
+def repository(versions: Iterable[str], directory: Path) -> Path:
+    """Build a repository of some versions in a directory, signed, and return the path of its key."""
+    suite, binary = directory / "dists" / "stable", "main/binary-amd64/Packages"
+    (suite / binary).parent.mkdir(parents=True)
+    entries = []
+    for version in versions:
+        path = package(version, directory)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        place = f"Filename: {path.name}\nSize: {path.stat().st_size}\nSHA256: {digest}\n"
+        entries.append(CONTROL.format(version=version) + place)
+    packages = "\n".join(entries).encode()
+    (suite / binary).write_bytes(packages)
+    release = directory / "Release"
+    release.write_text(
+        "Suite: stable\nComponents: main\nArchitectures: amd64\n"
+        f"SHA256:\n {hashlib.sha256(packages).hexdigest()} {len(packages)} {binary}\n"
+    )
+    key = directory / "key.asc"
+    with tempfile.TemporaryDirectory() as keyring:
+        gpg = ["gpg", "--homedir", keyring, "--batch", "--quiet", "--passphrase", "", "--yes"]
+        subprocess.run([*gpg, "--quick-generate-key", "winemon tests"], check=True, capture_output=True)
+        subprocess.run([*gpg, "--armor", "--output", key, "--export"], check=True)
+        subprocess.run([*gpg, "--output", suite / "InRelease", "--clearsign", release], check=True)
+        subprocess.run(["gpgconf", "--kill", "all"], env={**os.environ, "GNUPGHOME": keyring}, check=True)
+    return key
+
+
+def real_one_answers() -> bool:
+    """Return whether Grafana's own repository can be reached, which then needs no stand-in."""
+    try:
+        with urllib.request.urlopen(f"{REPOSITORY}/dists/stable/InRelease", timeout=5):  # noqa: S310 - https
+            return True
+    except OSError:
+        return False

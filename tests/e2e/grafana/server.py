@@ -118,8 +118,9 @@ class Grafana:
         ):
             for path in sorted(Path(provider["options"]["path"]).glob("**/*.json")):
                 dashboard = json.loads(path.read_text())
-                if dashboard["uid"] in found:
-                    raise ValueError(f"{path}: {dashboard['uid']} is there already")
+                if not dashboard.get("uid") or not dashboard.get("title"):
+                    print(f"{path} is no dashboard", file=sys.stderr)  # noqa: T201 - the journal
+                    continue
                 found[dashboard["uid"]] = dashboard, provider
         return found
 
