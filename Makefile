@@ -88,9 +88,12 @@ verify: .venv/ansible/.synced ## check a provisioned machine from here
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
-.PHONY: rules test check lint
+.PHONY: rules dashboards test check lint
 rules: .venv/dev/.synced ## build the committed rules from monitoring/objectives.yml
 	@.venv/dev/bin/python -m monitoring.rules
+
+dashboards: .venv/dev/.synced ## build the committed dashboards from dashboards/ and the numbers of the rules
+	@.venv/dev/bin/python -m dashboards
 
 test: ## everything: lint, unit, rules, end to end on a throw-away machine; prints the time of each stage
 	@tests/run packages lint unit rules e2e

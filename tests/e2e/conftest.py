@@ -22,6 +22,11 @@ LOADED = ROOT / ".machines" / "inventory-loaded"
 UNITS = ("winemon-api", "winemon-locust", "winemon-locust-worker@1", "prometheus", "winemon-firewall")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the story of the bare machine first: what else there is begins where it ends."""
+    items.sort(key=lambda item: item.path.name != "test_one_machine.py")
+
+
 class Site:
     """The machine of the inventory, as its user sees it: plays, a shell over SSH, and HTTP from here."""
 
