@@ -1,0 +1,62 @@
+"""The tutorial does what it says: its commands, as they stand, in one shell against the machine."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from tests.e2e.conftest import BUILD, INVENTORY, ROOT, Site
+
+TUTORIAL = ROOT / "docs/tutorial/1-model-monitoring.md"
+FENCE = re.compile(r"^```sh\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+BLOCKS: list[tuple[str, str]] = FENCE.findall(TUTORIAL.read_text())
+END = "=== end of block"
+
+
+@pytest.fixture(scope="module")
+def transcript(site: Site) -> list[str]:  # noqa: ARG001 - the machine that INVENTORY names
+    """Run every block; return what each of those printed that did not fail."""
+    script, log, artifacts = BUILD / "tutorial.sh", BUILD / "tutorial.log", BUILD / "artifacts"
+    marked = [
+        f"{commands}printf '\\n%s\\n' '{END} {number}'\n" for number, (commands, _) in enumerate(BLOCKS)
+    ]
+    script.write_text("".join(["set -euo pipefail\n", *marked]))
+    # The tutorial trains; what the owner of this checkout trained last is kept.
+    kept = shutil.copytree(ROOT / "artifacts", artifacts, dirs_exist_ok=True)
+    with log.open("w") as file:
+        shell = subprocess.Popen(
+            ["bash", script],
+            cwd=ROOT,
+            env=os.environ
+            | {"INVENTORY": str(INVENTORY), "ANSIBLE_INVENTORY": str(INVENTORY), "no_proxy": "*"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            shell.wait(timeout=400)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # unless it failed half-way, nothing is left
+                os.killpg(shell.pid, signal.SIGTERM)
+            shutil.copytree(kept, ROOT / "artifacts", dirs_exist_ok=True)
+    return re.split(rf"\n{END} \d+\n", log.read_text(), flags=re.MULTILINE)
+
+
+def pattern(text: str) -> str:
+    """Return a regular expression for output: its numbers are examples, and `...` is anything."""
+    escaped = re.escape(text.strip())
+    return re.sub(r"\d+(\\\.\d+)?", r"[-+.e\\d]+", escaped.replace(r"\.\.\.", "(?s:.*)"))
+
+
+@pytest.mark.parametrize(
+    ("number", "output"),
+    [(number, output) for number, (_, output) in enumerate(BLOCKS)],
+    ids=[commands.splitlines()[0] for commands, _ in BLOCKS],
+)
+def test_a_command_of_the_tutorial_works(transcript: list[str], number: int, output: str) -> None:
+    assert number + 1 < len(transcript), f"the shell ended here:\n{transcript[-1][-2000:]}"
+    assert re.search(pattern(output), transcript[number]), transcript[number]
