@@ -1,4 +1,4 @@
-"""The tutorial leads nowhere that does not exist, and has no command that its end-to-end test would pass over."""
+"""The tutorial leads nowhere that does not exist, and has no command that is not executed end to end."""
 
 import re
 from pathlib import Path
