@@ -266,6 +266,8 @@ class LeavingServer(Server):
             await asyncio.sleep(0.05)
         self._stop_listening()
         await super().shutdown(sockets=sockets)
+        # Else uvicorn ends the process by the signal that told it to leave, instead of returning.
+        self._captured_signals.clear()
 
 
 class Worker(UvicornWorker):  # type: ignore[misc]  # the library has no types

@@ -56,12 +56,35 @@ def test_a_slider_moves_by_keyboard(page: tuple[Page, list[str]]) -> None:
 def test_says_how_unusual_a_value_is(page: tuple[Page, list[str]]) -> None:
     browser, _ = page
     number, says = browser.get_by_label("pH", exact=True), browser.locator("#ph-says")
-    expect(says).to_contain_text("usual: more than")
+    expect(says).to_have_text(re.compile(r"^usual: \d+ % of the wines have this or (less|more); trained on"))
     number.fill("5.2")
-    expect(says).to_contain_text("unusual: more than")
+    expect(says).to_have_text(re.compile(r"^unusual: .+ % of the wines have this or more; trained on"))
+    number.fill("1.8")
+    expect(says).to_contain_text("of the wines have this or less")
     number.fill("13")
     expect(says).to_contain_text("outside the training data; trained on")
     expect(browser.locator("#quality")).to_have_text(NUMBER)
+
+
+def test_a_value_that_many_wines_share_is_usual_at_the_edge_of_the_range_too(
+    page: tuple[Page, list[str]],
+) -> None:
+    browser, _ = page
+    # Of the training data: 8 % have no citric acid, and few have a pH of 2.74.
+    citric_acid = {"edges": [0, 0.01, 0.06, 0.12, 0.2, 0.5, 1], "shares": [0.08, 0.1, 0.12, 0.2, 0.4, 0.1]}
+    ph = {"edges": [2.74, 3.12, 3.19, 3.31, 3.52, 4.01], "shares": [0.09, 0.11, 0.3, 0.4, 0.1]}
+    for feature, value, at_most, at_least in (
+        (citric_acid, 0, 0.08, 1),
+        (citric_acid, 0.01, 0.08 + 0.1 / 5, 0.92),
+        (citric_acid, 1, 1, 0.1 / 51),
+        (ph, 2.74, 0.09 / 38, 1),
+        (ph, 4.01, 1, 0.1 / 50),
+        ({"edges": [3, 3], "shares": [1]}, 3, 1, 1),
+    ):
+        shares = browser.evaluate("([feature, value]) => shares(feature, value)", [feature, value])
+        assert shares == {"atMost": pytest.approx(at_most), "atLeast": pytest.approx(at_least)}
+    for feature, value in ((citric_acid, -0.1), (ph, 4.02)):
+        assert browser.evaluate("([feature, value]) => shares(feature, value)", [feature, value]) is None
 
 
 @pytest.mark.parametrize(
