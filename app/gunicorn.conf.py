@@ -300,7 +300,7 @@ def on_starting(_server: Any) -> None:
 def post_fork(_server: Any, worker: Any) -> None:
     """Take the first free slot; it names this worker's metric files, which its next holder continues."""
     global _slot  # noqa: PLW0603 - the lock must live as long as the process
-    for slot in count():
+    for slot in count():  # pragma: no branch - it never ends by itself
         lock = (_metrics / f"{slot}.lock").open("a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -241,6 +241,16 @@ def test_a_client_that_dawdles_is_told_and_closed(start: Start, part: bytes) -> 
         assert answer(client).startswith(b"HTTP/1.1 200")
 
 
+def test_a_client_that_never_speaks_keeps_no_worker_beyond_its_time_to_leave(start: Start) -> None:
+    server = start(WINEMON_LEAVE_SECONDS="1")
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        time.sleep(0.2)
+        stopped = time.monotonic()
+        server.stop()
+        assert 0.5 < time.monotonic() - stopped < 10
+        assert client.recv(1) == b""
+
+
 def test_an_oversized_body_is_answered_though_it_is_not_read(start: Start) -> None:
     server = start()
     with socket.create_connection(("127.0.0.1", server.port)) as client:
