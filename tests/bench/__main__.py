@@ -551,10 +551,12 @@ def main() -> int:
         raise SystemExit("wrk is not installed: apt install wrk")
     where = machine()
     figures: list[Figure] = []
+    table = ""
     for name, measure in parts.items():
         if arguments.only in (None, name):
             figures += measure(arguments)
-    sys.stdout.write(write(figures, where))
+            table = write(figures, where)  # now, lest a later part fails
+    sys.stdout.write(table)
     outside = [figure.name for figure in figures if not figure.ok]
     if outside:
         say(f"outside their bound: {', '.join(outside)}")
