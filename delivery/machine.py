@@ -47,10 +47,13 @@ FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 LOCK: Final = "requirements/app.txt"
 NAME: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,199}")
+NO_ANSWER: Final = "no answer"
 PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
 TOLERANCE: Final = 1e-9
 """How far an answer may be from the one that the release's manifest has for the same wine."""
-TRIAL_SECONDS: Final = 20.0
+TRIAL_SECONDS: Final = 60.0
+READY_SECONDS: Final = 10.0
+"""How long a release on trial may take to answer, and from then on to be ready."""
 LIVE_SECONDS: Final = 90.0
 """How long the service may take to answer: gunicorn reloads when the workers of the last reload have left."""
 
@@ -187,17 +190,19 @@ def readiness(connection: http.client.HTTPConnection, version: str | None = None
     try:
         status, answer, _ = ask(connection, "/ready")
     except UNANSWERED as error:
-        return f"no answer ({error})"
+        return f"{NO_ANSWER} ({error})"
     if status != 200:
-        return str(answer.get("reason") if isinstance(answer, dict) else answer)
+        return str((isinstance(answer, dict) and answer.get("reason")) or f"it says {status}")
     if version is not None and answer.get("version") != version:
         return f"serves model {answer.get('version')}"
     return None
 
 
 def children(pid: int) -> set[int]:
-    """Return the processes whose parent is `pid`."""
-    found = set()
+    """Return the processes whose parent is `pid`; none where that is 0."""
+    found = set[int]()
+    if pid == 0:
+        return found
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # The name before it is in parentheses, and may have any character in it.
@@ -420,7 +425,7 @@ class Machine:
         """Return what is live, whether it is ready, what a rollback leads to, and what is installed."""
         live = self.live()
         reason = self._unready() if live else "no release is live"
-        places = [working_directory(pid) for pid in self._workers()]
+        places = [working_directory(pid) for pid in children(self.service.master())]
         names = [place.name for place in places if place and place.parent == self.releases]
         return {
             "live": live,
@@ -448,10 +453,6 @@ class Machine:
 
     def _connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(*self.service.address(), timeout=5)
-
-    def _workers(self) -> set[int]:
-        master = self.service.master()
-        return children(master) if master else set()
 
     # -- transactions
 
@@ -610,7 +611,7 @@ class Machine:
                 self.try_out(release)
             write(self.pending, json.dumps({"from": before, "to": name, "why": why, "action": action}))
             self._make_live(release, before, why, action)
-            self._prune()
+            self._prune({name, before})
         return name
 
     def try_out(self, release: Release) -> None:
@@ -677,16 +678,16 @@ class Machine:
     ) -> None:
         """Return when the API at `path` has answered right and the self-test has passed; else raise."""
         ends = time.monotonic() + TRIAL_SECONDS
-        unready: str | None = "no answer"
+        unready: str | None = NO_ANSWER
         while unready or selftest.poll() is None:
             if api.poll() is not None or selftest.poll():
                 raise OperationError("it ended")
             if time.monotonic() > ends:
-                raise OperationError(
-                    f"not ready within {TRIAL_SECONDS:.0f} s: {unready or 'its self-test goes on'}"
-                )
+                raise OperationError(f"not ready in time: {unready or 'its self-test goes on'}")
             if unready:
-                unready = self._answers(release, path)
+                was_silent, unready = unready.startswith(NO_ANSWER), self._answers(release, path)
+                if was_silent and unready and not unready.startswith(NO_ANSWER):
+                    ends = min(ends, time.monotonic() + READY_SECONDS)
             time.sleep(0.02)
 
     def _answers(self, release: Release, path: Path) -> str | None:
@@ -698,7 +699,7 @@ class Machine:
                 try:
                     status, answer, version = ask(connection, "/predict", sample["wine"])
                 except UNANSWERED as error:
-                    return str(error)
+                    return f"{NO_ANSWER} ({error})"
                 wrong = status != 200 or abs(answer["quality"] - sample["quality"]) > TOLERANCE
                 if wrong or version != release.model:
                     raise OperationError(
@@ -742,22 +743,25 @@ class Machine:
             self.service.reload()
         else:
             self.service.restart()
-        started = time.monotonic()
-        master, answered = self.service.master(), set[int]()
+        started, address = time.monotonic(), self.service.address()
+        first = master = self.service.master()
+        answered = set[int]()
         # Connections are held for a while: a new one goes to the worker that has the fewest.
         with contextlib.ExitStack() as held:
             for attempt in count(1):
                 if attempt % 100 == 0:
                     held.close()
-                workers = {pid for pid in self._workers() if working_directory(pid) == release.path}
+                workers = {pid for pid in children(master) if working_directory(pid) == release.path}
                 answered &= workers
-                if answered == workers and len(workers) >= _worker_count(master):
+                if master and answered == workers and len(workers) >= _worker_count(master):
                     return None
-                connection = held.enter_context(contextlib.closing(self._connection()))
+                connection = http.client.HTTPConnection(*address, timeout=5)
+                held.callback(connection.close)
                 reason = readiness(connection, release.model)
                 if reason is None and connection.sock and (pid := served_by(connection.sock, workers)):
                     answered.add(pid)
-                if self.service.master() != master:
+                master = self.service.master()
+                if master != first:
                     return "the service went down with it: see `journalctl -u winemon-api`"
                 if time.monotonic() - started > (LIVE_SECONDS if master else 5):
                     return reason or f"{len(answered)} of {_worker_count(master)} workers answer"
@@ -779,13 +783,14 @@ class Machine:
         with contextlib.suppress(InputError, OperationError):
             self._make_live(verified(self.releases / name), before, why, action)
 
-    def _prune(self) -> None:
+    def _prune(self, needed: set[str | None]) -> None:
         """Remove releases beyond the number that is kept, and environments that no release uses."""
-        installed = self.installed()
-        # The latest of what was live, and then the newest: the live one is the first of them.
-        wanted = [name for name in reversed(self.history()) if name in installed]
-        wanted += [name for name in installed if name not in wanted]
-        for name in set(wanted[self.keep :]) - {self.live()}:
+        # What a rollback leads to comes first, then what was ever live, then the newest.
+        installed, lines = self.installed(), self._ledger()
+        lived = [line["to"] for line in lines if line["result"] == "ok" and line["action"] != "install"]
+        order = dict.fromkeys([*reversed(self.history()), *reversed(lived), *installed])
+        kept = [name for name in order if name in installed][: self.keep]
+        for name in set(installed) - {*kept, *needed}:
             away = self._away(self.releases / name)
             (self.releases / name).rename(away)
             shutil.rmtree(away)
