@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -21,9 +22,11 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtest import limits
+
 LOADTEST = Path(__file__).parents[3] / "loadtest"
 CREDENTIALS = "admin:påss:word"
-USERS = 4
+USERS = 10
 REQUESTS = {
     ("/predict", "POST"),
     ("/predict (bad value)", "POST"),
@@ -300,11 +303,75 @@ def test_wrong_answers_are_failures(directory: Path) -> None:
     assert "/healthcheck" in {name for name, _ in errors}
 
 
+def test_the_web_ui_runs_the_shape_that_is_asked_for_and_no_other(directory: Path) -> None:
+    api, port = Api(), free_port()
+    arguments = (f"--web-port={port}", "--web-host=127.0.0.1", "--max-wait=0.05")
+    with serving(api) as url, running(directory, *arguments, f"--host={url}"):
+        ui = WebUI(port, credentials=None)
+        wait_until(ui.up)
+        log = directory / f"{arguments[0]}.log"
+        load = {"user_count": USERS, "spawn_rate": USERS, "run_time": "6s"}
+        assert ui.status("/swarm", {**load, "shape": "circle"}) == 400
+        assert not api.seen
+
+        def ran(shape: dict[str, str]) -> tuple[list[str], float]:
+            """Return the numbers of users that a shape asked for in turn, and the most that ran."""
+            before = log.read_text()
+            assert json.loads(ui.ask("/swarm", {**load, **shape}))["success"]
+            most = 0.0
+            deadline = time.monotonic() + 30
+            # What this tells is up to two seconds old.
+            time.sleep(3)
+            while json.loads(ui.ask("/stats/requests"))["state"] != "stopped":
+                assert time.monotonic() < deadline
+                most = max(most, ui.value("winemon_locust_users"))
+                time.sleep(0.1)
+            return re.findall(r"Shape test updating to (\d+) users", log.read_text()[len(before) :]), most
+
+        assert ran({"shape": "spike"}) == (["2", "10", "2"], 10)
+        assert ran({"shape": "steady"}) == ([], 10)
+        assert ran({}) == ([], 10)
+
+
+def test_a_headless_run_writes_the_report_that_the_limits_judge(directory: Path) -> None:
+    api = Api()
+    report = directory / "build" / "loadtest"
+    options = ("--users=10", "--spawn-rate=10", "--run-time=5s", "--max-wait=0.1", "--shape=step")
+    with serving(api) as url:
+        run = subprocess.run(
+            [*command("--headless", *options, f"--host={url}", f"--report={report}")],
+            cwd=directory,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert run.returncode == 0, run.stderr
+    for users in (2, 4, 6, 8, 10):
+        assert f"Shape test updating to {users} users" in run.stderr
+    assert {path.name for path in report.iterdir()} == {
+        "report.html",
+        "requests.csv",
+        "failures.csv",
+        "exceptions.csv",
+    }
+    assert "<html" in (report / "report.html").read_text()
+    checks = limits.judge(report, users=6, seconds=5)
+    assert [check for check in checks if check.problem] == []
+    counted = {
+        check.name: int(check.found.split()[-1]) for check in checks if check.name.endswith("failures")
+    }
+    for name, _ in REQUESTS:
+        # The last request of a user may have been answered and not been read.
+        assert 0 < counted[f"{name} failures"] <= api.seen[name] <= counted[f"{name} failures"] + USERS
+
+
 def test_no_answer_is_a_failure(directory: Path) -> None:
     arguments = (
         "--headless",
         "--users=1",
-        "--run-time=1s",
+        "--run-time=3s",
         "--max-wait=0.02",
         "--json",
         "--exit-code-on-error=3",
