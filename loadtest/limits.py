@@ -105,16 +105,24 @@ def read(path: Path) -> list[Row]:
         raise InputError(f"{path}: {error.strerror}: run `make loadtest`") from error
 
 
-def judge(directory: Path, users: float, seconds: float) -> list[Check]:
-    """Return every check of the CSV files in `directory`; raises InputError where there are none."""
+def judge(directory: Path, users: float, seconds: float) -> tuple[str, list[Check]]:
+    """Sum up the CSV files in `directory` on one line, and return every check of them.
+
+    Raises InputError where there are none, or no requests in them.
+    """
     limits = Limit.read()
     rows = {row["Name"]: row for row in read(directory / "requests.csv")}
     if unlimited := set(rows) - set(limits) - {"Aggregated"}:
         raise InputError(f"{LIMITS}: no limits for {', '.join(sorted(unlimited))}")
-    if not any(int(row["Request Count"]) for row in rows.values()):
+    total = rows.get("Aggregated")
+    if total is None or not int(total["Request Count"]):
         raise InputError(f"{directory}: nothing was requested")
+    summary = (
+        f"{total['Request Count']} requests, {total['Failure Count']} failed, "
+        f"median {total['50%']} ms, 99 % under {total['99%']} ms"
+    )
     failures = read(directory / "failures.csv")
-    return [
+    return summary, [
         found
         for name, limit in limits.items()
         for found in check(
@@ -136,11 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default=STEADY)
     arguments = parser.parse_args(argv)
     try:
-        checks = judge(arguments.directory, mean_users(arguments.shape, arguments.users), arguments.seconds)
+        summary, checks = judge(
+            arguments.directory, mean_users(arguments.shape, arguments.users), arguments.seconds
+        )
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     write_junit(arguments.directory / "junit.xml", "loadtest", checks)
+    sys.stdout.write(f"{summary}\n")
     for found in checks:
         if not found.skipped:
             sys.stdout.write(f"{found.verdict:8} {found.name}: {found.found}\n")

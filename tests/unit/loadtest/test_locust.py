@@ -357,7 +357,7 @@ def test_a_headless_run_writes_the_report_that_the_limits_judge(directory: Path)
         "exceptions.csv",
     }
     assert "<html" in (report / "report.html").read_text()
-    checks = limits.judge(report, users=6, seconds=5)
+    _, checks = limits.judge(report, users=6, seconds=5)
     assert [check for check in checks if check.problem] == []
     counted = {
         check.name: int(check.found.split()[-1]) for check in checks if check.name.endswith("failures")
