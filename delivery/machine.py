@@ -341,7 +341,7 @@ def verified(path: Path) -> Release:
         str(file.relative_to(path)) for file in path.rglob("*") if file.is_symlink() or not file.is_dir()
     }
     for name in sorted(there ^ {*files, MANIFEST}):
-        if name != "venv":
+        if name != "venv" or not (path / name).is_symlink():
             raise InputError(
                 f"{manifest['version']}: {name} is {'missing' if name in files else 'not in its manifest'}"
             )
@@ -679,9 +679,11 @@ class Machine:
         """Return when the API at `path` has answered right and the self-test has passed; else raise."""
         ends = time.monotonic() + TRIAL_SECONDS
         unready: str | None = NO_ANSWER
-        while unready or selftest.poll() is None:
+        while True:
             if api.poll() is not None or selftest.poll():
                 raise OperationError("it ended")
+            if unready is None and selftest.poll() == 0:
+                return
             if time.monotonic() > ends:
                 raise OperationError(f"not ready in time: {unready or 'its self-test goes on'}")
             if unready:
@@ -700,7 +702,8 @@ class Machine:
                     status, answer, version = ask(connection, "/predict", sample["wine"])
                 except UNANSWERED as error:
                     return f"{NO_ANSWER} ({error})"
-                wrong = status != 200 or abs(answer["quality"] - sample["quality"]) > TOLERANCE
+                quality = answer.get("quality") if status == 200 and isinstance(answer, dict) else None
+                wrong = not isinstance(quality, float) or abs(quality - sample["quality"]) > TOLERANCE
                 if wrong or version != release.model:
                     raise OperationError(
                         f"{version} answers {answer}, training of {release.model} said {sample['quality']}"
