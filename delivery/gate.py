@@ -42,7 +42,7 @@ from training.model import Forest
 
 LIMITS: Final = Path(__file__).with_name("gate.yml")
 ALGORITHMS: Final[dict[str, type[Forest]]] = {kind.__name__: kind for kind in get_args(Forest)}
-SHUFFLES: Final = 30
+SHUFFLES: Final = 10
 """Times that each feature is shuffled to see what it is worth."""
 COLOURS: Final = ("#7b2d43", "#8a8a8a")
 
