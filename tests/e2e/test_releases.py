@@ -130,7 +130,8 @@ class Load:
     def start(self) -> None:
         """Start the users and wait until they make requests."""
         form = {"user_count": USERS, "spawn_rate": USERS, "host": self._site.api(""), "max_wait": 3}
-        self._site.client.get(f"{self.url}/stats/reset", auth=self._site.secret("locust"))
+        self.stop()  # what an earlier test left, and its failures
+        self._site.client.post(self.url + "/stats/reset", auth=self._site.secret("locust")).raise_for_status()
         assert self._ask("POST", "/swarm", data={key: str(value) for key, value in form.items()})["success"]
         deadline = time.monotonic() + 30
         while self.served() < USERS:
@@ -147,7 +148,7 @@ class Load:
 
     def stop(self) -> None:
         """Stop the users."""
-        self._site.client.get(f"{self.url}/stop", auth=self._site.secret("locust"))
+        self._site.client.post(self.url + "/stop", auth=self._site.secret("locust")).raise_for_status()
 
 
 @pytest.fixture(scope="module")

@@ -127,6 +127,7 @@ class Processes(Service):
         self.process = subprocess.Popen(
             [self.current / "venv/bin/gunicorn", f"--config={self.current}/app/gunicorn.conf.py"],
             env=environment,
+            cwd=self.current.parent,  # as the unit has it, or it could not reload once a release is removed
             pass_fds=[descriptor],
             stderr=subprocess.DEVNULL,
         )
@@ -450,7 +451,7 @@ def test_two_calls_at_once_do_not_mix(here: Machine, pack: Callable[..., Path]) 
 def test_only_so_many_releases_are_kept_and_environments_that_are_used(
     here: Machine, pack: Callable[..., Path]
 ) -> None:
-    here.keep = 3
+    here.keep = 2
     unused = here.venvs / "app-000000000000-py3.13"
     unused.mkdir()
     (unused / "installed").touch()
@@ -460,9 +461,11 @@ def test_only_so_many_releases_are_kept_and_environments_that_are_used(
         here.install(pack(contents(version)))
         if version != "never":
             here.switch(version)
-    assert sorted(here.installed()) == ["1", "2", "4"], "what never was live goes first"
+    assert sorted(here.installed()) == ["2", "4"], "what never was live goes first"
     assert not unused.exists()
     assert others.exists()
+    here.switch("2", "", "rollback")
+    assert here.service.reloads == 3, "also where the release it began with is gone"  # type: ignore[attr-defined]  # of Processes
 
 
 # --- the store
@@ -543,6 +546,7 @@ def test_a_trial_shares_the_sandbox_of_the_unit_and_not_its_directories() -> Non
     assert {"User=winemon", "EnvironmentFile=/etc/winemon/api.env", "ProtectSystem=strict"} <= set(properties)
     sandbox = [line for line in hardening.splitlines() if "=" in line and not line.startswith("#")]
     assert [line for line in properties if line in sandbox] == sandbox, "all of it, in its order"
+    assert "\nWorkingDirectory=/opt/winemon\n" in UNIT.read_text(), "what a removed release cannot take away"
     names = {line.partition("=")[0] for line in properties}
     assert not names & {"ExecStart", "Type", "Restart", "RuntimeDirectory", "StateDirectory", "WantedBy"}
 
