@@ -273,7 +273,13 @@ class LeavingServer(Server):
 class Worker(UvicornWorker):  # type: ignore[misc]  # the library has no types
     """A uvicorn worker with the server and the connections above."""
 
-    CONFIG_KWARGS = {"loop": "uvloop", "http": Connection, "server_header": False}  # noqa: RUF012 - uvicorn's
+    # Nothing here asks who the client is, so no layer has to look whether a proxy says it.
+    CONFIG_KWARGS = {  # noqa: RUF012 - uvicorn's
+        "loop": "uvloop",
+        "http": Connection,
+        "server_header": False,
+        "proxy_headers": False,
+    }
 
     async def _serve(self) -> None:
         self.config.app = self.wsgi
