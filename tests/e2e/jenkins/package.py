@@ -1,4 +1,4 @@
-"""Build the stand-in for Jenkins as its maker ships it, and the archive of its plugins that `make jenkins-plugins` would make."""
+"""Build the stand-in for Jenkins as its maker ships it, and an archive as of `make jenkins-plugins`."""
 
 import hashlib
 import io
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from pathlib import Path
 from typing import Final
@@ -47,12 +48,13 @@ Environment="JENKINS_PORT=8080"
 [Install]
 WantedBy=multi-user.target
 """
-# Like its maker's, which leaves the rest to debhelper: that starts it at once, and restarts it after an upgrade.
+# Like its maker's with what debhelper adds: it starts at once, and restarts after an upgrade.
 POSTINST: Final = """\
 #!/bin/sh
 set -e
 [ "$1" = configure ] || exit 0
-id jenkins >/dev/null 2>&1 || adduser --quiet --system --group --home /var/lib/jenkins --shell /bin/bash jenkins
+id jenkins >/dev/null 2>&1 ||
+  adduser --quiet --system --group --home /var/lib/jenkins --shell /bin/bash jenkins
 install -d -o jenkins -g jenkins /var/lib/jenkins /var/cache/jenkins
 deb-systemd-helper enable jenkins.service >/dev/null
 systemctl daemon-reload
@@ -86,7 +88,7 @@ def package(version: str, directory: Path) -> Path:
 
 
 def plugins(directory: Path, wanted: str | None = None) -> Path:
-    """Write an archive of empty plugins with the names and versions of plugins.txt, or of another text, and return its path."""
+    """Write an archive of empty plugins, named as plugins.txt or another text says, and return its path."""
     text = wanted if wanted is not None else PLUGINS.read_text()
     files: dict[str, bytes] = {"plugins.txt": text.encode()}
     for line in text.splitlines():
@@ -106,3 +108,23 @@ def plugins(directory: Path, wanted: str | None = None) -> Path:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def real_one_answers() -> bool:
+    """Return whether the repository of Jenkins' maker can be reached, so that no stand-in is needed."""
+    request = urllib.request.Request("https://pkg.jenkins.io/debian-stable/binary/Release", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=5):  # noqa: S310 - https, as it says above
+            return True
+    except OSError:
+        return False
+
+
+def variables(directory: Path, version: str = VERSION) -> dict[str, str]:
+    """Return what gives the role the stand-in and its plugins; nothing where the real one can be had."""
+    if real_one_answers():
+        return {}
+    return {
+        "jenkins_package": str(package(version, directory)),
+        "jenkins_plugins_archive": str(plugins(directory)),
+    }

@@ -2,9 +2,9 @@
 """A stand-in for Jenkins where its repository cannot be reached: what the role touches of it, and no more.
 
 It keeps to Jenkins' rules where the role depends on them: it needs Java 21 or 25, stops at a key of its
-configuration that no plugin explains, resolves secrets from files, loads jobs from Job DSL, asks for crumbs, refuses
-who has no permission, stops starting builds when it quiets down, and polls git over SSH as its own user, with its own
-key and the hosts it knows. Its builds only fetch: they leave the commit that they would have built.
+configuration that no plugin explains, resolves secrets from files, loads its job from Job DSL, asks for
+crumbs, refuses who has no permission, starts no build once it quiets down, and polls git over SSH as its
+own user, with its own key and the hosts it knows. Its builds only check out what they would have built.
 
 It cannot show that Jenkins itself accepts all this; docs/jenkins.md lists what remains to be seen.
 """
@@ -44,6 +44,11 @@ ROOTS = {"jenkins", "security", "unclassified", "tool", "credentials", "jobs", "
 WORDS = {"pipelineJob": "workflow-job", "cpsScm": "workflow-cps", "git": "git", "pollSCM": "workflow-job"}
 
 
+def say(text: str) -> None:
+    """Write to the journal."""
+    sys.stderr.write(f"{text}\n")
+
+
 class StartError(Exception):
     """Why Jenkins would not start."""
 
@@ -54,7 +59,9 @@ def plugins() -> dict[str, str]:
     for path in HOME.glob("plugins/*.jpi"):
         with zipfile.ZipFile(path) as archive:
             manifest = dict(
-                line.split(": ", 1) for line in archive.read("META-INF/MANIFEST.MF").decode().splitlines() if line
+                line.split(": ", 1)
+                for line in archive.read("META-INF/MANIFEST.MF").decode().splitlines()
+                if line
             )
         found[manifest["Short-Name"]] = manifest["Plugin-Version"]
     return found
@@ -153,7 +160,8 @@ class Jenkins:
         environment = {
             **os.environ,
             "GIT_TERMINAL_PROMPT": "0",
-            "GIT_SSH_COMMAND": f"ssh -o BatchMode=yes -o StrictHostKeyChecking=yes -o UserKnownHostsFile={HOME}/.ssh/known_hosts",
+            "GIT_SSH_COMMAND": f"ssh -o BatchMode=yes -o StrictHostKeyChecking=yes"
+            f" -o UserKnownHostsFile={HOME}/.ssh/known_hosts",
         }
         return subprocess.run(
             ["git", *arguments], env=environment, capture_output=True, text=True, check=True
@@ -173,9 +181,9 @@ class Jenkins:
                     if not (workspace / "Jenkinsfile").is_file():
                         raise StartError("the repository has no Jenkinsfile")
                     self.builds.append(head)
-                    print(f"build {len(self.builds)} of {self.job}: {head}", flush=True)
+                    say(f"build {len(self.builds)} of {self.job}: {head}")
             except (StartError, subprocess.CalledProcessError) as error:
-                print(f"polling: {error} {getattr(error, 'stderr', '')}", flush=True)
+                say(f"polling: {error} {getattr(error, 'stderr', '')}")
             time.sleep(60 - time.time() % 60)
 
     def may(self, user: str | None, permission: str) -> bool:
@@ -276,7 +284,9 @@ class Handler(BaseHTTPRequestHandler):
             "/pluginManager/api/json": {
                 "plugins": [{"shortName": name, "version": version} for name, version in plugins().items()]
             },
-            f"{job}/api/json": {"builds": [{"number": n + 1, "commit": c} for n, c in enumerate(jenkins.builds)]},
+            f"{job}/api/json": {
+                "builds": [{"number": n + 1, "commit": c} for n, c in enumerate(jenkins.builds)]
+            },
         }
         if path == "/crumbIssuer/api/json":
             session, crumb = secrets.token_hex(), secrets.token_hex()
@@ -302,7 +312,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(403, "Forbidden")
         elif self.path in {"/quietDown", "/cancelQuietDown"}:
             self.jenkins.quiet = self.path == "/quietDown"
-            print(self.path, flush=True)
+            say(self.path)
             self.answer(302, "", Location="/")
         else:
             self.answer(404, "Not Found")
@@ -323,7 +333,7 @@ def main() -> None:
         Handler.jenkins = Jenkins()
     except (StartError, OSError, KeyError, TypeError, yaml.YAMLError) as error:
         sys.exit(f"Jenkins would not start: {error!r}")
-    address = os.environ.get("JENKINS_LISTEN_ADDRESS", "0.0.0.0"), int(os.environ["JENKINS_PORT"])
+    address = os.environ["JENKINS_LISTEN_ADDRESS"], int(os.environ["JENKINS_PORT"])
     server = ThreadingHTTPServer(address, Handler)
     notify("READY=1")
     server.serve_forever()
