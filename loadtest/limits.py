@@ -1,6 +1,6 @@
-"""Hold what Locust measured to the limits of `loadtest/limits.yml`.
+"""Hold what Locust measured to limits, by default those of `loadtest/limits.yml`.
 
-    python -m loadtest.limits DIRECTORY --users N --seconds S [--shape NAME]
+    python -m loadtest.limits DIRECTORY --users N --seconds S [--shape NAME] [--limits FILE]
 
 reads requests.csv and failures.csv as Locust writes them, prints what was found, and writes junit.xml beside
 them. Exits 1 where a limit does not hold, 2 where there is nothing to judge.
@@ -105,15 +105,15 @@ def read(path: Path) -> list[Row]:
         raise InputError(f"{path}: {error.strerror}: run `make loadtest`") from error
 
 
-def judge(directory: Path, users: float, seconds: float) -> tuple[str, list[Check]]:
+def judge(directory: Path, users: float, seconds: float, path: Path = LIMITS) -> tuple[str, list[Check]]:
     """Sum up the CSV files in `directory` on one line, and return every check of them.
 
     Raises InputError where there are none, or no requests in them.
     """
-    limits = Limit.read()
+    limits = Limit.read(path)
     rows = {row["Name"]: row for row in read(directory / "requests.csv")}
     if unlimited := set(rows) - set(limits) - {"Aggregated"}:
-        raise InputError(f"{LIMITS}: no limits for {', '.join(sorted(unlimited))}")
+        raise InputError(f"{path}: no limits for {', '.join(sorted(unlimited))}")
     total = rows.get("Aggregated")
     if total is None or not int(total["Request Count"]):
         raise InputError(f"{directory}: nothing was requested")
@@ -142,11 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--users", type=int, required=True, help="the most that ran at once")
     parser.add_argument("--seconds", type=float, required=True, help="how long")
     parser.add_argument("--shape", choices=SHAPES, default=STEADY)
+    parser.add_argument("--limits", type=Path, metavar="FILE", default=LIMITS)
     arguments = parser.parse_args(argv)
     try:
-        summary, checks = judge(
-            arguments.directory, mean_users(arguments.shape, arguments.users), arguments.seconds
-        )
+        users = mean_users(arguments.shape, arguments.users)
+        summary, checks = judge(arguments.directory, users, arguments.seconds, arguments.limits)
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
