@@ -1,4 +1,4 @@
-"""`ansible/loadtest.yml` as `make loadtest HERE=1` runs it, with the Locust of the tests and without a machine."""
+"""`ansible/loadtest.yml` as `make loadtest HERE=1` runs it, with the tests' Locust and without a machine."""
 
 import json
 import subprocess
