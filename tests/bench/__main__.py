@@ -23,6 +23,7 @@ import time
 import timeit
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,7 +35,7 @@ import joblib
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.preprocessing import StandardScaler
 
-from app.artifacts import load
+from app.artifacts import load as load_artifacts
 from app.contract import FEATURE_NAMES
 from app.predictor import load_predictor
 from app.schemas import EXAMPLE
@@ -304,7 +305,7 @@ def serving(rounds: int) -> list[Figure]:
 
 
 def paired(names: Sequence[str], rounds: int) -> dict[str, list[Load]]:
-    """Load services that all run, one after the other for a second each, four times to and fro.
+    """Load services at the same time, four times a round, so that what else the machine does slows them all.
 
     Each round has new ones: where its memory came to lie makes a process faster or slower for life.
     """
@@ -312,12 +313,13 @@ def paired(names: Sequence[str], rounds: int) -> dict[str, list[Load]]:
     loads: dict[str, list[Load]] = {name: [] for name in names}
     for _ in range(rounds):
         with ExitStack() as stack:
-            services = {name: stack.enter_context(service(name)) for name in names}
-            for running in services.values():
-                load_with_wrk(running, singles, seconds=1)
-            for order in (names, names[::-1]) * 2:
-                for name in order:
-                    loads[name].append(load_with_wrk(services[name], singles, seconds=1))
+            threads = stack.enter_context(ThreadPoolExecutor(len(names)))
+            services = [stack.enter_context(service(name)) for name in names]
+            list(threads.map(lambda running: load_with_wrk(running, singles, seconds=1), services))
+            for _ in range(4):
+                seen = threads.map(lambda running: load_with_wrk(running, singles, seconds=2), services)
+                for name, load in zip(names, seen, strict=True):
+                    loads[name].append(load)
     return loads
 
 
@@ -373,7 +375,7 @@ def alternatives(rounds: int) -> list[Figure]:
 
 def predictor(rounds: int) -> list[Figure]:
     """Time one row through the model, in this process."""
-    artifacts = load(ROOT / os.environ.get("WINEMON_ARTIFACTS_DIR", "artifacts"))
+    artifacts = load_artifacts(ROOT / os.environ.get("WINEMON_ARTIFACTS_DIR", "artifacts"))
     loaded = load_predictor(artifacts)
     rows = [sample.row for sample in artifacts.manifest.samples]
 
