@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 SERVER: Final = Path(__file__).with_name("server.py")
+PROBE: Final = Path(__file__).with_name("Probe.java")
 PLUGINS: Final = Path(__file__).parents[3] / "roles/jenkins/files/plugins.txt"
 VERSION: Final = "2.580.2"
 
@@ -74,6 +75,7 @@ def package(version: str, directory: Path) -> Path:
             ("DEBIAN/postinst", POSTINST, 0o755),
             ("usr/lib/systemd/system/jenkins.service", UNIT, 0o644),
             ("usr/share/java/jenkins.war", f"{version}\n", 0o644),
+            ("usr/share/java/Probe.java", PROBE.read_text(), 0o644),
         ]:
             file = tree / name
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -68,12 +68,17 @@ def plugins() -> dict[str, str]:
 
 
 def check_java() -> None:
-    """Start Java with the configured options, inside this sandbox."""
-    command = [os.environ.get("JENKINS_JAVA_CMD", "java"), *OPTIONS, "-Xshare:off", "-version"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    version = re.search(r'version "(\d+)', result.stderr)
-    if result.returncode or not version or version[1] not in {"21", "25"}:
-        raise StartError(f"Java 21 or 25 is needed; {command}: {result.stdout}{result.stderr}")
+    """Require a Java that Jenkins takes and that works with the configured options, inside this sandbox."""
+    java = [os.environ.get("JENKINS_JAVA_CMD", "java"), *OPTIONS]
+    asked = subprocess.run([*java, "-version"], capture_output=True, text=True, check=False)
+    version = re.search(r'version "(\d+)', asked.stderr)
+    if asked.returncode or not version or version[1] not in {"21", "25"}:
+        raise StartError(f"Java 21 or 25 is needed; {java} says: {asked.stdout}{asked.stderr}")
+    probe = subprocess.run([*java, "/usr/share/java/Probe.java"], capture_output=True, text=True, check=False)
+    if probe.stdout != "ok\n":
+        raise StartError(f"Java does not work here: {probe.stdout}{probe.stderr}")
+    for path in HOME.glob("probe*"):
+        path.unlink()
 
 
 def resolve(value: Any) -> Any:
