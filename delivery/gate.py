@@ -539,13 +539,14 @@ def judge(candidate: Path, champion: Path | None, data: Path | None, output: Pat
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m delivery.gate", description="Pass or refuse a model.")
-    parser.add_argument("--champion", type=Path, metavar="DIR|ARCHIVE", help="default: none")
+    parser.add_argument("--champion", metavar="DIR|ARCHIVE|none", default="none", help="default: %(default)s")
     parser.add_argument("--artifacts", type=Path, metavar="DIR", default="artifacts", help="the candidate's")
     parser.add_argument("--data", type=Path, metavar="FILE", help="what the candidate was trained on")
     parser.add_argument("--output", type=Path, metavar="DIR", default="build/gate")
     arguments = parser.parse_args(argv)
+    champion = None if arguments.champion == "none" else Path(arguments.champion)
     try:
-        return judge(arguments.artifacts, arguments.champion, arguments.data, arguments.output)
+        return judge(arguments.artifacts, champion, arguments.data, arguments.output)
     except (InputError, DataError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
