@@ -1,4 +1,4 @@
-"""`ansible/champion.yml` fetches the live release of a store and nothing else; here the store is a directory."""
+"""`ansible/champion.yml` fetches the live release of a store and nothing else; the store here is a folder."""
 
 import hashlib
 import json
