@@ -2,6 +2,7 @@
 
 python ansible/consoles.py urls      one tab-separated line each: name, URL, user, password file
 python ansible/consoles.py table     the same for people, with what each console answers
+                                     (--left-out FILE: without what ansible/preflight.yml noted there)
 """
 
 import argparse
@@ -34,6 +35,15 @@ class Console:
 
 CONSOLES = (
     Console("API", "api", 5000, "winemon_api_port", "/docs", "/ready"),
+    Console(
+        "Grafana",
+        "monitoring",
+        3000,
+        "grafana_port",
+        "/",
+        "/api/datasources/uid/winemon-prometheus/health",
+        "grafana",
+    ),
     # Debian's Prometheus has the classic interface only.
     Console(
         "Prometheus", "monitoring", 9090, "prometheus_port", "/classic/targets", "/-/ready", "prometheus"
@@ -78,8 +88,8 @@ def inventory() -> tuple[dict[str, list[str]], dict[str, dict[str, Any]]]:
     return answer["groups"], answer["machines"]
 
 
-def consoles() -> list[tuple[Console, str, str, Path | None]]:
-    """Return each console with its URL without a path, its user and its password file."""
+def consoles() -> list[tuple[Console, str, str, str, Path | None]]:
+    """Return each console with its machine, its URL without a path, its user and its password file."""
     groups, machines = inventory()
     found = []
     for console in CONSOLES:
@@ -88,7 +98,7 @@ def consoles() -> list[tuple[Console, str, str, Path | None]]:
             port = own.get(console.port_variable, console.port)
             user = own.get(f"{console.secret}_username", "admin") if console.secret else ""
             password = Path(own["secrets"], console.secret) if console.secret else None
-            found.append((console, f"http://{own['address']}:{port}", user, password))
+            found.append((console, host, f"http://{own['address']}:{port}", user, password))
     return found
 
 
@@ -114,11 +124,17 @@ def main() -> int:
         description="Where people look: the consoles of the inventory's machines."
     )
     parser.add_argument("form", choices=["urls", "table"])
-    form = parser.parse_args().form
+    parser.add_argument("--left-out", type=Path)
+    arguments = parser.parse_args()
+    form, notes = arguments.form, arguments.left_out
+    lines = notes.read_text(encoding="utf-8").splitlines() if notes and notes.exists() else []
+    left_out = {tuple(line.split("\t")[:2]) for line in lines}
     rows = []
-    for console, url, user, password in consoles():
+    for console, host, url, user, password in consoles():
         row = [console.name, url + console.page, user, os.path.relpath(password) if password else ""]
-        if form == "table":
+        if form == "table" and (console.name, host) in left_out:
+            row[1:] = ["", "", "", "left out, see below"]
+        elif form == "table":
             row.append(state(url + console.health, user, password))
         rows.append(row)
     if form == "urls":

@@ -14,12 +14,21 @@ import httpx
 import pytest
 import testinfra
 
+from tests.e2e.grafana import package as grafana
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "e2e"
 INVENTORY = Path(__file__).parent / "inventory"
 # That `make up` has loaded the machine once.
 LOADED = ROOT / ".machines" / "inventory-loaded"
-UNITS = ("winemon-api", "winemon-locust", "winemon-locust-worker@1", "prometheus", "winemon-firewall")
+UNITS = (
+    "winemon-api",
+    "winemon-locust",
+    "winemon-locust-worker@1",
+    "prometheus",
+    "grafana-server",
+    "winemon-firewall",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -145,6 +154,8 @@ def site(request: pytest.FixtureRequest) -> Iterator[Site]:
         pytest.fail("Machines are built as root: run `sudo make test`.")
     shutil.rmtree(BUILD, ignore_errors=True)
     BUILD.mkdir(parents=True)
+    if not grafana.real_one_answers():
+        grafana.package(grafana.VERSION, BUILD)  # the inventory names it where it is
     site = Site()
     options = ["-e", f"winemon_machine_debian={os.environ.get('DEBIAN', '13')}"]
     # A machine that a killed run left behind would not be bare.

@@ -35,7 +35,7 @@ def test_up_provisions_the_bare_machine_and_loads_it(site: Site) -> None:
     assert site.changed(output) > 0
     assert "20 seconds of load" in output
     consoles = re.findall(r"^(\w+) +http://\S+ .*?(\S+)$", output, re.MULTILINE)
-    assert len(consoles) >= 4
+    assert len(consoles) >= 5
     assert {state for _, state in consoles} == {"ok"}
 
 
@@ -132,6 +132,7 @@ def await_status(site: Site, path: str, status: int) -> str:
     [
         (9090, "/api/v1/status/config", "prometheus"),
         (9093, "/api/v2/status", "alertmanager"),
+        (3000, "/api/user", "grafana"),
         (8089, "/", "locust"),
     ],
 )
@@ -146,7 +147,7 @@ def test_secrets_are_nobody_elses_business(site: Site) -> None:
     folder = BUILD / "secrets"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
-    passwords = [site.secret(name)[1] for name in ("prometheus", "alertmanager", "locust")]
+    passwords = [site.secret(name)[1] for name in ("prometheus", "alertmanager", "locust", "grafana")]
     logs = "".join(log.read_text() for log in BUILD.glob("*.log")) + site.run("journalctl --no-pager")
     for password in passwords:
         assert password not in logs
@@ -183,9 +184,9 @@ def test_the_firewall_lets_strangers_reach_ssh_and_nothing_else_of_ours(site: Si
                 capture_output=True,
                 check=False,
             ).returncode
-            for port in (22, 5000, 8089, 9090, 9100)
+            for port in (22, 3000, 5000, 8089, 9090, 9100, 9256)
         }
-    assert result == {22: 0, 5000: 1, 8089: 1, 9090: 1, 9100: 1}
+    assert result == {22: 0, 3000: 1, 5000: 1, 8089: 1, 9090: 1, 9100: 1, 9256: 1}
     assert site.client.get(site.api("/healthcheck")).status_code == 200
 
 
