@@ -61,6 +61,12 @@ release: | artifacts/manifest.json ## build the release archive from this commit
 wheels: $(UV)
 	@$(PYTHON) -m delivery.wheels $(LOCK) $(MACHINE_PYTHON) $(MACHINE_ARCHITECTURE)
 
+.PHONY: gate
+gate: .venv/training/.synced .venv/ansible/.synced | artifacts/manifest.json ## the trained model against the live one: pass or refuse, with a report (CHAMPION=archive, directory or none)
+	@rm -f build/champion.tar.gz; [ -n '$(CHAMPION)' ] || [ ! -e $(INVENTORY) ] || $(ANSIBLE)/ansible-playbook -i $(INVENTORY) ansible/champion.yml
+	@champion='$(CHAMPION)'; [ -n "$$champion" ] || champion=$$(ls build/champion.tar.gz 2>/dev/null || echo none); \
+	  .venv/training/bin/python -m delivery.gate --champion "$$champion" $(if $(DATA),--data '$(DATA)')
+
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 DEBIAN ?= 13
@@ -85,6 +91,12 @@ urls: .venv/ansible/.synced ## one line a console: name, URL, user, password fil
 
 verify: .venv/ansible/.synced ## check a provisioned machine from here
 	@$(PLAYBOOK) ansible/verify.yml
+
+.PHONY: loadtest
+loadtest: .venv/ansible/.synced $(if $(HERE),.venv/loadtest/.synced) ## load the API, with limits and a report (USERS= SECONDS= SHAPE= TARGET= LIMITS= HERE=1)
+	@$(PLAYBOOK) ansible/loadtest.yml -e loadtest_users=$(or $(USERS),50) -e loadtest_seconds=$(or $(SECONDS),60) \
+	  $(if $(SHAPE),-e loadtest_shape=$(SHAPE)) $(if $(TARGET),-e loadtest_target=$(TARGET)) \
+	  $(if $(LIMITS),-e loadtest_limits=$(abspath $(LIMITS))) $(if $(HERE),-e loadtest_here=true)
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
