@@ -120,13 +120,3 @@ def real_one_answers() -> bool:
             return True
     except OSError:
         return False
-
-
-def variables(directory: Path, version: str = VERSION) -> dict[str, str]:
-    """Return what gives the role the stand-in and its plugins; nothing where the real one can be had."""
-    if real_one_answers():
-        return {}
-    return {
-        "jenkins_package": str(package(version, directory)),
-        "jenkins_plugins_archive": str(plugins(directory)),
-    }
