@@ -92,7 +92,19 @@ urls: .venv/ansible/.synced ## one line a console: name, URL, user, password fil
 verify: .venv/ansible/.synced ## check a provisioned machine from here
 	@$(PLAYBOOK) ansible/verify.yml
 
-.PHONY: loadtest
+.PHONY: publish deploy rollback smoke loadtest
+publish: .venv/ansible/.synced $(UV) ## put the release of this commit and artifacts/ into the store
+	@$(PLAYBOOK) ansible/publish.yml -e release="$(CURDIR)/$$($(MAKE) --silent release | tail -n 1)"
+
+deploy: .venv/ansible/.synced ## make a published release live: the newest, or RELEASE=name (WHY="...")
+	@$(PLAYBOOK) ansible/deploy.yml $(if $(RELEASE),-e release='$(RELEASE)') $(if $(WHY),-e "why='$(WHY)'")
+
+rollback: .venv/ansible/.synced ## make live what was live before, or RELEASE=name
+	@$(PLAYBOOK) ansible/rollback.yml $(if $(RELEASE),-e release='$(RELEASE)') $(if $(WHY),-e "why='$(WHY)'")
+
+smoke: .venv/ansible/.synced ## do the APIs predict what training predicted?
+	@$(PLAYBOOK) ansible/smoke.yml
+
 loadtest: .venv/ansible/.synced $(if $(HERE),.venv/loadtest/.synced) ## load the API, with limits and a report (USERS= SECONDS= SHAPE= TARGET= LIMITS= HERE=1)
 	@$(PLAYBOOK) ansible/loadtest.yml -e loadtest_users=$(or $(USERS),50) -e loadtest_seconds=$(or $(SECONDS),60) \
 	  $(if $(SHAPE),-e loadtest_shape=$(SHAPE)) $(if $(TARGET),-e loadtest_target=$(TARGET)) \
