@@ -110,6 +110,15 @@ loadtest: .venv/ansible/.synced $(if $(HERE),.venv/loadtest/.synced) ## load the
 	  $(if $(SHAPE),-e loadtest_shape=$(SHAPE)) $(if $(TARGET),-e loadtest_target=$(TARGET)) \
 	  $(if $(LIMITS),-e loadtest_limits=$(abspath $(LIMITS))) $(if $(HERE),-e loadtest_here=true)
 
+.PHONY: push jenkins-plugins
+push: .venv/ansible/.synced ## push this commit to the repository that Jenkins builds from
+	@$(PLAYBOOK) ansible/jenkins-push.yml
+
+jenkins-plugins: ## collect Jenkins' plugins for machines without its update centre; needs Java and the internet
+	@mkdir -p build && version=$$(awk '/^jenkins_version:/ {print $$2}' roles/jenkins/defaults/main.yml) && \
+	  roles/jenkins/files/fetch-plugins "$$version" roles/jenkins/files/plugins.txt build/jenkins-plugins && \
+	  tar -czf build/jenkins-plugins.tar.gz -C build/jenkins-plugins . && echo build/jenkins-plugins.tar.gz
+
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 .PHONY: rules dashboards test check lint

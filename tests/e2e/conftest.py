@@ -30,10 +30,14 @@ UNITS = (
     "winemon-firewall",
 )
 
+# Jenkins is not part of site.yml yet: its story is told by name, on an inventory that has the group jenkins.
+collect_ignore = ["test_jenkins.py"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the story of the bare machine first: what else there is begins where it ends."""
-    items.sort(key=lambda item: item.path.name != "test_one_machine.py")
+    """Put the story of the bare machine first, and that of alerts after those that raise none."""
+    first = ["test_one_machine.py", "test_dashboards.py", "test_grafana.py"]
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
 
 
 class Site:
@@ -85,15 +89,19 @@ class Site:
         assert found, output[-2000:]
         return sum(map(int, found))
 
-    def ssh(self, command: str) -> "subprocess.CompletedProcess[str]":
+    def ssh(self, command: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         """Run a command on the machine as the user who logs in."""
         return subprocess.run(
-            ["ssh", "-F", self.ssh_config, self.name, command], capture_output=True, text=True, check=False
+            ["ssh", "-F", self.ssh_config, self.name, command],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
-    def run(self, command: str) -> str:
-        """Run a command on the machine as root and return what it prints."""
-        result = self.ssh(f"sudo sh -c {shlex.quote(command)}")
+    def run(self, command: str, stdin: str = "") -> str:
+        """Run a command on the machine as root and return what it prints; sudo logs it, but not its input."""
+        result = self.ssh(f"sudo sh -c {shlex.quote(command)}", stdin)
         assert result.returncode == 0, f"{command}: {result.stderr}{result.stdout}"
         return result.stdout.strip()
 

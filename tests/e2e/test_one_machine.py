@@ -151,7 +151,7 @@ def test_secrets_are_nobody_elses_business(site: Site) -> None:
     logs = "".join(log.read_text() for log in BUILD.glob("*.log")) + site.run("journalctl --no-pager")
     for password in passwords:
         assert password not in logs
-        readable = site.run(f"grep -rlsF -- {password} /etc /opt /run /var/lib || true").split()
+        readable = site.run("grep -rlsF --file=- /etc /opt /run /var/lib || true", password).split()
         assert readable, "the password is nowhere on the machine"
         assert all(site.run(f"stat -c %A {path}")[7:] == "---" for path in readable), readable
 
