@@ -30,8 +30,8 @@ UNITS = (
     "winemon-firewall",
 )
 
-# Told by name only: Jenkins is not part of site.yml yet, and needs an inventory that has the group jenkins; the tutorial
-# passes on a machine of its own, but after the stories of drift and releases it waits for its alert in vain.
+# Told by name only. Jenkins is not part of site.yml yet, and needs an inventory that has the group jenkins.
+# The tutorial passes on a machine of its own; after the stories of drift and releases it waits for its alert in vain.
 collect_ignore = ["test_jenkins.py", "test_tutorial.py"]
 
 
