@@ -31,7 +31,7 @@ UNITS = (
 )
 
 # Told by name only. Jenkins is not part of site.yml yet, and needs an inventory that has the group jenkins.
-# The tutorial passes on a machine of its own; after the stories of drift and releases it waits for its alert in vain.
+# The tutorial passes on a machine of its own; after drift and releases it waits for its alert in vain.
 collect_ignore = ["test_jenkins.py", "test_tutorial.py"]
 
 
