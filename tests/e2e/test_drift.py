@@ -19,14 +19,11 @@ import yaml
 from app.contract import FEATURE_NAMES, TARGET
 from monitoring import rules
 from tests.e2e.conftest import BUILD, Site
-from tests.e2e.test_one_machine import WINES
+from tests.e2e.test_one_machine import PROVOKED, WINES
 
 LIMITS = rules.read().drift
 WINDOW, FOR = "15s", 6
 """How far drift looks back here, and how many seconds it must last, so that a test can wait for it."""
-
-PROVOKED = {"ArtifactRefused"}
-"""What the story of the one machine makes fire: it tampers with a model."""
 
 Wine = dict[str, float]
 Message = dict[str, Any]

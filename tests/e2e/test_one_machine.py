@@ -19,6 +19,9 @@ with (ROOT / "loadtest" / "wines.csv").open(newline="") as _file:
 
 PREDICTIONS = "fastapi_monitoring_regression_model_output_count"
 
+PROVOKED = {"ArtifactRefused"}
+"""What this story makes fire where a scrape falls into it: it tampers with a model."""
+
 
 def sample(text: str, name: str) -> float:
     """Return the value of a metric without labels in an exposition."""
@@ -261,9 +264,8 @@ def test_prometheus_runs_on_rules_that_load_and_only_the_watchdog_fires(site: Si
     while health() != {"ok"}:  # a rule is unknown until its first evaluation
         assert time.monotonic() < deadline, health()
         time.sleep(1)
-    assert {alert["metric"]["alertname"] for alert in site.query('ALERTS{alertstate="firing"}')} <= {
-        "Watchdog"
-    }
+    firing = {alert["metric"]["alertname"] for alert in site.query('ALERTS{alertstate="firing"}')}
+    assert firing - PROVOKED <= {"Watchdog"}
 
 
 def test_everything_comes_back_after_a_reboot_and_nothing_is_lost(site: Site) -> None:
