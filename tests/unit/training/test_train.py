@@ -223,8 +223,12 @@ def test_a_signal_waits_until_the_whole_set_is_renamed(
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        command.publish(new, small)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            command.publish(new, small)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert read(small) == dict.fromkeys(FILES, b"new")
 
 
