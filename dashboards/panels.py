@@ -382,12 +382,21 @@ _ANNOTATIONS: Final = [
     },
     # Another model under the same address has another time of training; its labels say which one serves now.
     _annotation(
-        "Deploys",
+        "Models",
         "blue",
         "count by (version, algorithm) (winemon_model_info and on (job, instance) "
         "changes(winemon_model_trained_timestamp_seconds[5m]) > 0)",
         "Model {{version}}",
         "{{algorithm}}",
+    ),
+    # Two minutes, so that a step is seen whatever the time between two looks at it.
+    _annotation(
+        "Releases",
+        "purple",
+        "count by (action, release, result, instance) "
+        "(time() - winemon_release_step_timestamp_seconds < 120)",
+        "{{action}} {{release}}",
+        "{{result}} on {{instance}}",
     ),
     _annotation(
         "Alerts",

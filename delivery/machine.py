@@ -373,7 +373,10 @@ def verify_wheels(directory: Path, lock: str) -> None:
 
 
 class Machine:
-    """The releases of this machine: `root` holds them, `state` the ledger, `store` what is published here."""
+    """The releases of this machine: `root` holds them, `state` the ledger, `store` what is published here.
+
+    `metrics` is where the node exporter, if there is one, reads what is to be known of the last steps.
+    """
 
     def __init__(
         self,
@@ -381,11 +384,13 @@ class Machine:
         root: Path = Path("/opt/winemon"),
         state: Path = Path("/var/lib/winemon-release"),
         store: Path = Path("/srv/winemon/releases"),
+        metrics: Path = Path("/var/lib/prometheus/node-exporter"),
+        *,
         keep: int = 5,
     ) -> None:
         self.service = service
         self.releases, self.venvs, self.current = root / "releases", root / "venvs", root / "current"
-        self.state, self.store, self.keep = state, store, keep
+        self.state, self.store, self.metrics, self.keep = state, store, metrics, keep
         self.ledger, self.pending = state / "ledger.jsonl", state / "pending.json"
 
     # -- what is there
@@ -476,7 +481,7 @@ class Machine:
             yield
 
     def record(self, action: str, name: str | None, before: str | None, why: str, result: str) -> None:
-        """Add a line to the ledger."""
+        """Add a line to the ledger, and have the dashboards know of it."""
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "who": os.environ.get("SUDO_USER") or getpass.getuser(),
@@ -490,6 +495,23 @@ class Machine:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if self.metrics.is_dir():
+            write(self.metrics / "winemon-release.prom", self._exposition())
+
+    def _exposition(self) -> str:
+        """Return the time of the last step of each kind as a metric."""
+        name = "winemon_release_step_timestamp_seconds"
+        lines = [f"# HELP {name} When the last step of each kind was taken.", f"# TYPE {name} gauge"]
+        for line in {line["action"]: line for line in self._ledger()}.values():
+            labels = {
+                "action": line["action"],
+                "release": line["to"] or "",
+                "result": "ok" if line["result"] == "ok" else "failed",
+            }
+            # A text of JSON is escaped as one of the exposition.
+            shown = ",".join(f"{label}={json.dumps(text)}" for label, text in labels.items())
+            lines.append(f"{name}{{{shown}}} {datetime.fromisoformat(line['time']).timestamp()}")
+        return "\n".join(lines) + "\n"
 
     @contextlib.contextmanager
     def _recorded(self, action: str, name: str, why: str = "") -> Iterator[None]:

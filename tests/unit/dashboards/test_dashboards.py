@@ -85,7 +85,7 @@ def test_every_variable_is_used_and_every_variable_used_is_there(uid: str) -> No
 @each_dashboard
 def test_deploys_and_alerts_are_marked(uid: str) -> None:
     own = [each for each in DASHBOARDS[uid]["annotations"]["list"] if each.get("builtIn") != 1]
-    assert [each["name"] for each in own] == ["Deploys", "Alerts"]
+    assert [each["name"] for each in own] == ["Models", "Releases", "Alerts"]
     for annotation in own:
         assert annotation["enable"]
         assert annotation["datasource"] == panels.DATASOURCE

@@ -11,12 +11,14 @@ import socket
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from delivery import archive, machine
 from delivery.machine import InputError, Machine, OperationError, Service
@@ -158,7 +160,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Make a machine that has an environment for the stand-in application, and no release."""
     monkeypatch.setenv("SUDO_USER", "tester")
     root = tmp_path / "winemon"
-    here = Machine(Processes(tmp_path, root / "current"), root, tmp_path / "state", tmp_path / "store")
+    places = [tmp_path / name for name in ("state", "store", "metrics")]
+    here = Machine(Processes(tmp_path, root / "current"), root, *places)
     venv = here.venvs / f"app-{archive.digest(b'# nothing' + bytes([10]))[:12]}-py{machine.PYTHON}"
     venv.mkdir(parents=True)
     for name in ("bin", "lib", "pyvenv.cfg"):
@@ -344,6 +347,25 @@ def test_releases_are_switched_and_rolled_back_without_a_pause(
     last = list(here._ledger())[-1]
     assert (last["who"], last["from"], last["to"], last["why"]) == ("tester", "2", "1", "worse still")
     assert not here.pending.exists()
+
+
+def test_the_node_exporter_is_told_of_the_last_step_of_each_kind(
+    here: Machine, pack: Callable[..., Path]
+) -> None:
+    def told() -> dict[tuple[str, ...], float]:
+        (family,) = text_string_to_metric_families((here.metrics / "winemon-release.prom").read_text())
+        assert family.name == "winemon_release_step_timestamp_seconds"
+        names = ("action", "release", "result")
+        return {tuple(sample.labels[name] for name in names): sample.value for sample in family.samples}
+
+    here.install(pack(contents("1")))
+    assert not here.metrics.exists(), "where there is no exporter, nothing is written for it"
+    here.metrics.mkdir()
+    here.switch("1")
+    assert time.time() - told()["switch", "1", "ok"] < 60
+    with pytest.raises(InputError):
+        here.switch('"no\\such"\n')
+    assert told().keys() == {("install", "1", "ok"), ("switch", '"no\\such"\n', "failed")}
 
 
 @pytest.mark.parametrize(
