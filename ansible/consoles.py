@@ -35,6 +35,8 @@ class Console:
 
 CONSOLES = (
     Console("API", "api", 5000, "winemon_api_port", "/docs", "/ready"),
+    Console("API, balanced", "loadbalancer", 80, "haproxy_http_port", "/", "/ready"),
+    Console("HAProxy", "loadbalancer", 8404, "haproxy_stats_port", "/", "/metrics", "haproxy"),
     Console(
         "Grafana",
         "monitoring",

@@ -38,6 +38,8 @@ OTHERS = {
     "up",
     "alertmanager_notifications_failed_total",
     "alertmanager_notifications_total",
+    "haproxy_backend_active_servers",
+    "haproxy_server_status",
     "namedprocess_namegroup_cpu_seconds_total",
     "namedprocess_namegroup_memory_bytes",
     "namedprocess_namegroup_num_procs",
