@@ -1,28 +1,30 @@
-"""A throw-away machine for the end-to-end tests: built bare, removed at the end, also after a failure."""
+"""Throw-away machines for the end-to-end tests: built bare, removed at the end, also after a failure."""
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import testinfra
+import yaml
 
+from delivery import release
 from tests.e2e.grafana import package as grafana
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "e2e"
 INVENTORY = Path(__file__).parent / "inventory"
-# That `make up` has loaded the machine once.
-LOADED = ROOT / ".machines" / "inventory-loaded"
 UNITS = (
     "winemon-api",
+    "haproxy",
     "winemon-locust",
     "winemon-locust-worker@1",
     "prometheus",
@@ -44,17 +46,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Site:
-    """The machine of the inventory, as its user sees it: plays, a shell over SSH, and HTTP from here."""
+    """The machines of an inventory, as their user sees them: plays, a shell over SSH, and HTTP from here.
 
-    name = "winemon-e2e"
-    address = "10.213.1.2"
+    `name` and `address` are those of the first one, the only one of most stories.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, inventory: Path, build: Path) -> None:
+        groups = yaml.safe_load((inventory / "hosts.yml").read_text())
+        self.inventory = inventory
+        self.build = build
+        self.bridge: str = groups["machines"]["vars"]["winemon_machine_bridge"]
+        self.groups = {group: list(own["hosts"]) for group, own in groups.items()}
+        self.addresses = {name: own["ansible_host"] for name, own in groups["machines"]["hosts"].items()}
+        self.name, self.address = next(iter(self.addresses.items()))
         self.commands = 0
-        self.ssh_config = BUILD / "ssh_config"
+        self.ssh_config = build / "ssh_config"
         machines = ROOT / ".machines"
         self.ssh_config.write_text(
-            f"Host {self.name}\n  HostName {self.address}\n  User debian\n  ConnectTimeout 2\n"
+            "".join(f"Host {name}\n  HostName {address}\n" for name, address in self.addresses.items())
+            + "Host *\n  User debian\n  ConnectTimeout 2\n"
             f"  IdentityFile {machines / 'id_ed25519'}\n  UserKnownHostsFile {machines / 'known_hosts'}\n"
         )
         self.client = httpx.Client(trust_env=False, timeout=10)
@@ -65,18 +75,18 @@ class Site:
         self.client = httpx.Client(trust_env=False, timeout=10)
 
     def up(self) -> str:
-        """Do what `make up` does, for this machine."""
-        return self.log("up", [str(ROOT / "ansible" / "up"), str(INVENTORY)])
+        """Do what `make up` does, for these machines."""
+        return self.log("up", [str(ROOT / "ansible" / "up"), str(self.inventory)])
 
     def play(self, playbook: str, *options: str) -> str:
         """Run a playbook."""
-        command = [str(ROOT / ".venv/ansible/bin/ansible-playbook"), "-i", str(INVENTORY), playbook, *options]
-        return self.log(Path(playbook).stem, command)
+        command = [str(ROOT / ".venv/ansible/bin/ansible-playbook"), "-i", str(self.inventory)]
+        return self.log(Path(playbook).stem, [*command, playbook, *options])
 
     def log(self, name: str, command: list[str]) -> str:
-        """Run a command, keep its output under build/e2e/, and return it; the test fails with the command."""
+        """Run a command, keep its output under build/, and return it; the test fails with the command."""
         self.commands += 1
-        log = BUILD / f"{self.commands:02}-{name}.log"
+        log = self.build / f"{self.commands:02}-{name}.log"
         with log.open("w") as file:
             status = subprocess.run(
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
@@ -87,24 +97,29 @@ class Site:
         return output
 
     def changed(self, output: str) -> int:
-        """Return how many tasks changed the machine, from the recaps of all plays."""
-        found = re.findall(rf"^{self.name} +: ok=\d+ +changed=(\d+)", output, re.MULTILINE)
+        """Return how many tasks changed the machines, from the recaps of all plays."""
+        found = re.findall(rf"^(?:{'|'.join(self.addresses)}) +: ok=\d+ +changed=(\d+)", output, re.MULTILINE)
         assert found, output[-2000:]
         return sum(map(int, found))
 
-    def ssh(self, command: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
-        """Run a command on the machine as the user who logs in."""
+    def at(self, group: str) -> str:
+        """Return the address of the first machine of a group."""
+        address: str = self.addresses[self.groups[group][0]]
+        return address
+
+    def ssh(self, command: str, stdin: str = "", on: str = "") -> "subprocess.CompletedProcess[str]":
+        """Run a command on a machine as the user who logs in."""
         return subprocess.run(
-            ["ssh", "-F", self.ssh_config, self.name, command],
+            ["ssh", "-F", self.ssh_config, on or self.name, command],
             input=stdin,
             capture_output=True,
             text=True,
             check=False,
         )
 
-    def run(self, command: str, stdin: str = "") -> str:
-        """Run a command on the machine as root and return what it prints; sudo logs it, but not its input."""
-        result = self.ssh(f"sudo sh -c {shlex.quote(command)}", stdin)
+    def run(self, command: str, stdin: str = "", on: str = "") -> str:
+        """Run a command on a machine as root and return what it prints; sudo logs it, but not its input."""
+        result = self.ssh(f"sudo sh -c {shlex.quote(command)}", stdin, on)
         assert result.returncode == 0, f"{command}: {result.stderr}{result.stdout}"
         return result.stdout.strip()
 
@@ -114,16 +129,16 @@ class Site:
 
     def secret(self, name: str) -> tuple[str, str]:
         """Return user and password of a console."""
-        return "admin", (BUILD / "secrets" / name).read_text().strip()
+        return "admin", (self.build / "secrets" / name).read_text().strip()
 
     def api(self, path: str) -> str:
-        """Return the URL of a route of the API."""
-        return f"http://{self.address}:5000{path}"
+        """Return the URL of a route of the first API."""
+        return f"http://{self.at('api')}:5000{path}"
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Return what Prometheus answers to an expression."""
         answer = self.client.get(
-            f"http://{self.address}:9090/api/v1/query",
+            f"http://{self.at('monitoring')}:9090/api/v1/query",
             params={"query": expression},
             auth=self.secret("prometheus"),
         )
@@ -140,12 +155,13 @@ class Site:
         return float(result[0]["value"][1])
 
 
-def left_behind() -> dict[str, list[str]]:
-    """Return what is on this computer of the machines of these tests: links, mounts, rules, processes."""
+def left_behind(site: Site) -> dict[str, list[str]]:
+    """Return what is on this computer of the machines of a site: links, mounts, rules, processes."""
+    names = "|".join([site.bridge, *site.addresses])
 
     def ours(*command: str) -> list[str]:
         output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        return [line for line in output.splitlines() if re.search(r"winemon1|winemon-e2e", line)]
+        return [line for line in output.splitlines() if re.search(names, line)]
 
     found = {
         "interfaces": ours("ip", "-brief", "link"),
@@ -153,36 +169,83 @@ def left_behind() -> dict[str, list[str]]:
         "nftables": ours("nft", "list", "tables"),
         "network namespaces": ours("ip", "netns", "list"),
         "processes": ours("pgrep", "--list-full", "--full", "systemd-nspawn|files/machine"),
-        "files": [str(path) for path in (ROOT / ".machines").glob("winemon-e2e*")],
+        "files": [str(path) for name in site.addresses for path in (ROOT / ".machines").glob(f"{name}*")],
     }
     return {place: lines for place, lines in found.items() if lines}
+
+
+@contextlib.contextmanager
+def machines(session: pytest.Session, inventory: Path, build: Path) -> Iterator[Site]:
+    """Build the machines of an inventory, bare, and remove them at the end, whatever happens."""
+    if os.geteuid() != 0:
+        pytest.fail("Machines are built as root: run `sudo make test`.")
+    shutil.rmtree(build, ignore_errors=True)
+    build.mkdir(parents=True)
+    site = Site(inventory, build)
+    options = ["-e", f"winemon_machine_debian={os.environ.get('DEBIAN', '13')}"]
+    loaded = ROOT / ".machines" / f"{inventory.name}-loaded"  # that `make up` has loaded them once
+    # A machine that a killed run left behind would not be bare.
+    loaded.unlink(missing_ok=True)
+    site.play("ansible/machine.yml", *options, "-e", "winemon_machine_state=absent")
+    try:
+        site.play("ansible/machine.yml", *options)
+        assert left_behind(site).keys() >= {"interfaces", "nftables", "processes", "files"}, (
+            "it looks in the wrong places"
+        )
+        yield site
+        if session.testsfailed:
+            units = " ".join(f"-u {unit}" for unit in UNITS)
+            for name in site.addresses:
+                said = site.ssh(
+                    f"sudo systemctl --failed; sudo journalctl --no-pager -n 200 {units}", on=name
+                )
+                print(name, said.stdout, said.stderr, sep="\n")  # noqa: T201
+    finally:
+        site.client.close()
+        loaded.unlink(missing_ok=True)
+        site.play("ansible/machine.yml", *options, "-e", "winemon_machine_state=absent")
+    assert left_behind(site) == {}
 
 
 @pytest.fixture(scope="session")
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     """Build the machine, bare at first; every test goes on from where the one before it left it."""
-    if os.geteuid() != 0:
-        pytest.fail("Machines are built as root: run `sudo make test`.")
-    shutil.rmtree(BUILD, ignore_errors=True)
-    BUILD.mkdir(parents=True)
-    if not grafana.real_one_answers():
-        grafana.package(grafana.VERSION, BUILD)  # the inventory names it where it is
-    site = Site()
-    options = ["-e", f"winemon_machine_debian={os.environ.get('DEBIAN', '13')}"]
-    # A machine that a killed run left behind would not be bare.
-    LOADED.unlink(missing_ok=True)
-    site.play("ansible/machine.yml", *options, "-e", "winemon_machine_state=absent")
-    try:
-        site.play("ansible/machine.yml", *options)
-        assert left_behind().keys() >= {"interfaces", "nftables", "processes", "files"}, (
-            "it looks in the wrong places"
-        )
+    with machines(request.session, INVENTORY, BUILD) as site:
+        if not grafana.real_one_answers():
+            grafana.package(grafana.VERSION, BUILD)  # the inventory names it where it is
         yield site
-        if request.session.testsfailed:
-            units = " ".join(f"-u {unit}" for unit in UNITS)
-            print(site.run(f"systemctl --failed; journalctl --no-pager -n 200 {units}"))  # noqa: T201
-    finally:
-        site.client.close()
-        LOADED.unlink(missing_ok=True)
-        site.play("ansible/machine.yml", *options, "-e", "winemon_machine_state=absent")
-    assert left_behind() == {}
+
+
+Edit = Callable[[Path], None]
+
+
+def replace(file: str, old: str, new: str) -> Edit:
+    """Return an edit that changes one line of one file."""
+
+    def edit(checkout: Path) -> None:
+        path = checkout / file
+        text = path.read_text()
+        assert text.count(old) == 1, f"{file}: {old}"
+        path.write_text(text.replace(old, new))
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Edit], Path]:
+    """Return what builds a release of this code and these artifacts after an edit."""
+    base = tmp_path_factory.mktemp("checkouts") / "base"
+    for folder in ("app", "requirements", "artifacts"):
+        shutil.copytree(ROOT / folder, base / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", base)
+    (base / ".gitignore").write_text("/artifacts/\n/build/\n")
+    git = ["git", "-C", str(base), "-c", "user.name=tester", "-c", "user.email=tester@localhost"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=base"]):
+        subprocess.run([*git, *command], check=True)
+
+    def after(edit: Edit) -> Path:
+        checkout = Path(shutil.copytree(base, base.with_name(os.urandom(4).hex())))
+        edit(checkout)
+        return release.build(checkout)
+
+    return after

@@ -17,48 +17,13 @@ from typing import Any
 import httpx
 import pytest
 
-from delivery import archive, release
-from tests.e2e.conftest import BUILD, INVENTORY, ROOT, Site
+from delivery import archive
+from tests.e2e.conftest import BUILD, INVENTORY, ROOT, Edit, Site, replace
+from tests.e2e.load import USERS, Load
 
-Edit = Callable[[Path], None]
 STORE = "/srv/winemon/releases"
-USERS = 50
-
-
-def replace(file: str, old: str, new: str) -> Edit:
-    """Return an edit that changes one line of one file."""
-
-    def edit(checkout: Path) -> None:
-        path = checkout / file
-        text = path.read_text()
-        assert text.count(old) == 1, f"{file}: {old}"
-        path.write_text(text.replace(old, new))
-
-    return edit
-
-
 HEALTH = 'return Liveness(status="ok")'
 SAYS_WHO = 'import os; return Liveness(status=f"changed {os.getpid()}")'
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Edit], Path]:
-    """Return what builds a release of this code and these artifacts after an edit."""
-    base = tmp_path_factory.mktemp("checkouts") / "base"
-    for folder in ("app", "requirements", "artifacts"):
-        shutil.copytree(ROOT / folder, base / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", base)
-    (base / ".gitignore").write_text("/artifacts/\n/build/\n")
-    git = ["git", "-C", str(base), "-c", "user.name=tester", "-c", "user.email=tester@localhost"]
-    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=base"]):
-        subprocess.run([*git, *command], check=True)
-
-    def after(edit: Edit) -> Path:
-        checkout = Path(shutil.copytree(base, base.with_name(os.urandom(4).hex())))
-        edit(checkout)
-        return release.build(checkout)
-
-    return after
 
 
 def name(built: Path) -> str:
@@ -114,48 +79,11 @@ def refused(site: Site, command: str, why: str) -> None:
     assert "winemon-trial" not in site.run("systemctl list-units --all --plain --no-legend 'winemon-*'")
 
 
-class Load:
-    """Locust on the machine, with keep-alive users that pause 0 to 3 s."""
-
-    def __init__(self, site: Site) -> None:
-        self._site = site
-        self.url = f"http://{site.address}:8089"
-
-    def _ask(self, method: str, path: str, **options: Any) -> Any:
-        auth = self._site.secret("locust")
-        return (
-            self._site.client.request(method, self.url + path, auth=auth, **options).raise_for_status().json()
-        )
-
-    def start(self) -> None:
-        """Start the users and wait until they make requests."""
-        form = {"user_count": USERS, "spawn_rate": USERS, "host": self._site.api(""), "max_wait": 3}
-        self.stop()  # what an earlier test left, and its failures
-        self._site.client.post(self.url + "/stats/reset", auth=self._site.secret("locust")).raise_for_status()
-        assert self._ask("POST", "/swarm", data={key: str(value) for key, value in form.items()})["success"]
-        deadline = time.monotonic() + 30
-        while self.served() < USERS:
-            assert time.monotonic() < deadline, "the users do not start"
-            time.sleep(0.5)
-
-    def served(self) -> int:
-        """Return how many requests there were; none may have failed."""
-        stats = self._ask("GET", "/stats/requests")
-        total = next(row for row in stats["stats"] if row["name"] == "Aggregated")
-        assert total["num_failures"] == 0, stats["errors"]
-        assert stats["user_count"] == USERS or total["num_requests"] < USERS
-        return int(total["num_requests"])
-
-    def stop(self) -> None:
-        """Stop the users."""
-        self._site.client.post(self.url + "/stop", auth=self._site.secret("locust")).raise_for_status()
-
-
 @pytest.fixture(scope="module")
 def load(site: Site) -> Iterator[Load]:
     if site.ssh("test -e /opt/winemon/current").returncode:
         site.play("site.yml")
-    load = Load(site)
+    load = Load(site, site.api(""))
     load.start()
     yield load
     load.stop()
