@@ -31,6 +31,7 @@ class Console:
     page: str
     health: str
     secret: str | None = None
+    first_only: bool = False
 
 
 CONSOLES = (
@@ -54,7 +55,7 @@ CONSOLES = (
     Console(
         "Alertmanager", "monitoring", 9093, "alertmanager_port", "/api/v2/alerts", "/-/ready", "alertmanager"
     ),
-    Console("Locust", "loadtest", 8089, "locust_port", "/", "/metrics", "locust"),
+    Console("Locust", "loadtest", 8089, "locust_port", "/", "/metrics", "locust", first_only=True),
 )
 
 
@@ -95,7 +96,7 @@ def consoles() -> list[tuple[Console, str, str, str, Path | None]]:
     groups, machines = inventory()
     found = []
     for console in CONSOLES:
-        for host in groups.get(console.group, []):
+        for host in groups.get(console.group, [])[: 1 if console.first_only else None]:
             own = machines[host]
             port = own.get(console.port_variable, console.port)
             user = own.get(f"{console.secret}_username", "admin") if console.secret else ""

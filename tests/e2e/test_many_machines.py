@@ -4,6 +4,7 @@ Locust's second worker runs on the machine that watches, apart from its master.
 """
 
 import json
+import re
 import ssl
 import subprocess
 import time
@@ -213,10 +214,10 @@ def test_a_release_is_deployed_on_one_after_the_other_and_fails_no_request(
         url = f"http://{site.addresses[machine]}:5000/healthcheck"
         assert site.client.get(url).json() == {"status": "rolled out"}
     log = site.run(f"journalctl --no-pager --output=cat --since=@{since} -u haproxy", on=BALANCER)
-    turns = [line for line in log.splitlines() if "drain" in line or "is UP" in line]
-    assert [machine for machine in sorted(APIS) if any(f"api/{machine}" in line for line in turns)] == sorted(
-        APIS
-    )
+    turns = re.findall(r"^Server api/(\S+) (?:(enters drain)|is (UP))", log, re.MULTILINE)
+    assert ["".join(turn) for turn in turns] == [
+        f"{machine}{turn}" for machine in (FIRST, SECOND) for turn in ("enters drain", "UP")
+    ]
     assert states(site) == dict.fromkeys(APIS, "UP")
     note(f"deployed on both in {seconds:.0f} s: {still_served(load, before)} requests, 0 failed")
 
@@ -257,8 +258,22 @@ def test_a_rebooting_machine_fails_no_request(site: Site, load: Load) -> None:
     note(f"rebooted: {still_served(load, before)} requests, 0 failed")
 
 
+def asked_again(site: Site) -> float:
+    """Return how many requests were asked once more, of either API."""
+    url = f"http://{site.at('loadbalancer')}:8404/metrics"
+    text = site.client.get(url, auth=site.secret("haproxy")).raise_for_status().text
+    return sum(
+        map(
+            float,
+            re.findall(
+                r"^haproxy_backend_(?:retry|redispatch)_warnings_total{.*} (\d+)$", text, re.MULTILINE
+            ),
+        )
+    )
+
+
 def test_a_machine_that_is_cut_off_fails_no_request_and_is_named(site: Site, load: Load) -> None:
-    before = load.served()
+    before, again = load.served(), asked_again(site)
     link = f"vb-{FIRST}"
     subprocess.run(["ip", "link", "set", link, "nomaster"], check=True)
     try:
@@ -271,7 +286,9 @@ def test_a_machine_that_is_cut_off_fails_no_request_and_is_named(site: Site, loa
     finally:
         subprocess.run(["ip", "link", "set", link, "master", site.bridge], check=True)
     both_up(site)
-    note(f"cut off, taken out after {out:.1f} s: {still_served(load, before)} requests, 0 failed")
+    served, again = still_served(load, before), asked_again(site) - again
+    assert again > 0, "nothing was in hand or sent there meanwhile"
+    note(f"cut off, taken out after {out:.1f} s: {served} requests, {again:.0f} asked again, 0 failed")
 
 
 def test_dashboards_add_up_both_machines(site: Site, load: Load) -> None:  # noqa: ARG001 - while it runs
