@@ -291,6 +291,24 @@ def test_a_machine_that_is_cut_off_fails_no_request_and_is_named(site: Site, loa
     note(f"cut off, taken out after {out:.1f} s: {served} requests, {again:.0f} asked again, 0 failed")
 
 
+def test_another_certificate_is_served_and_fails_no_request(site: Site, load: Load) -> None:
+    before = load.served()
+    certificate, play = BUILD / "wine.example.pem", BUILD / "haproxy.yml"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=wine.example"]
+    command += ["-keyout", str(certificate), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    play.write_text("- {hosts: loadbalancer, become: true, roles: [haproxy]}\n")
+    options = ["-e", json.dumps({"haproxy_certificates": [str(certificate)]})]
+    output = site.play(str(play), *options)
+    assert "signs its own certificate" not in output
+    assert site.changed(output) == 3  # given, the other one removed, reloaded
+    assert ssl.get_server_certificate((site.at("loadbalancer"), 443)).strip() in certificate.read_text()
+    files = site.run("ls /etc/haproxy/certificates; stat -c %A /etc/haproxy/certificates/*", on=BALANCER)
+    assert files.split() == ["wine.example.pem", "-rw-r-----"]
+    assert site.changed(site.play(str(play), *options)) == 0
+    note(f"reloaded: {still_served(load, before)} requests, 0 failed")
+
+
 def test_dashboards_add_up_both_machines(site: Site, load: Load) -> None:  # noqa: ARG001 - while it runs
     def at(moment: float, expression: str) -> dict[str, float]:
         answer = site.client.get(
@@ -325,3 +343,55 @@ def test_the_load_was_a_load(load: Load) -> None:
     served = load.served()
     assert served > 2000
     note(f"{served} requests in all, 0 failed")
+
+
+STORE_PORT = 9099
+START_STORE = f"""
+systemd-run --quiet --collect --unit=other-store --property=User=prometheus \\
+  --property=StateDirectory=other-store /usr/bin/prometheus --config.file=/tmp/other-store.yml \\
+  --storage.tsdb.path=/var/lib/other-store --web.listen-address=:{STORE_PORT} \\
+  --web.enable-remote-write-receiver --web.config.file=/etc/prometheus/web.yml
+"""
+"""A second Prometheus, that scrapes nothing and takes what is sent by who knows the password."""
+
+
+def test_another_store_gets_every_sample_through_an_outage(site: Site) -> None:
+    user, password = site.secret("prometheus")
+    site.run("echo 'global: {}' >/tmp/other-store.yml", on=WATCHER)
+    site.run(START_STORE, on=WATCHER)
+    address = site.at("monitoring")
+    play, variables = BUILD / "prometheus.yml", BUILD / "remote-write.json"
+    play.write_text("- {hosts: monitoring, become: true, roles: [prometheus]}\n")
+    url = f"http://{address}:{STORE_PORT}/api/v1/write"
+    store = {"name": "other", "url": url, "username": user, "password": password}
+    labels = {"prometheus": "{{ inventory_hostname }}"}
+    variables.write_text(
+        json.dumps({"prometheus_remote_write": [store], "prometheus_external_labels": labels})
+    )
+    assert site.changed(site.play(str(play), "-e", f"@{variables}")) > 0
+    assert site.changed(site.play(str(play), "-e", f"@{variables}")) == 0
+    variables.unlink()  # as it has a password
+
+    def samples(port: int, moment: float) -> dict[str, list[Any]]:
+        """Return the moments and values of a minute and a half, by machine."""
+        answer = site.client.get(
+            f"http://{address}:{port}/api/v1/query",
+            params={"query": 'node_time_seconds{job="node"}[90s]', "time": moment},
+            auth=(user, password),
+        ).raise_for_status()
+        return {row["metric"]["instance"]: row["values"] for row in answer.json()["data"]["result"]}
+
+    until(lambda: samples(STORE_PORT, time.time()).keys() == site.addresses.keys(), "samples arrive")
+    began = time.time()
+    time.sleep(10)
+    site.run("systemctl stop other-store", on=WATCHER)
+    time.sleep(40)
+    site.run(START_STORE, on=WATCHER)
+    moment = began + 90
+    time.sleep(max(0, moment - time.time()))
+    here = samples(9090, moment)
+    assert all(len(values) >= 15 for values in here.values()), "every five seconds"
+    seconds = until(lambda: samples(STORE_PORT, moment) == here, "what was missed arrives")
+    assert password not in site.run("cat /etc/prometheus/prometheus.yml", on=WATCHER)
+    sent = sum(map(len, here.values()))
+    note(f"another store, away for 40 s, has all {sent} samples {seconds:.0f} s after the minute and a half")

@@ -62,6 +62,8 @@ OTHERS = {
     "node_timex_sync_status",
     "prometheus_config_last_reload_successful",
     "prometheus_notifications_errors_total",
+    "prometheus_remote_storage_highest_timestamp_in_seconds",
+    "prometheus_remote_storage_queue_highest_sent_timestamp_seconds",
     "prometheus_rule_evaluation_failures_total",
     "prometheus_rule_group_last_duration_seconds",
     "prometheus_tsdb_head_series",
