@@ -2,8 +2,10 @@
 
     python -m delivery.release        writes build/winemon-<version>.tar.gz and prints its path
 
-The version is git's description of the commit and the first eight hex digits of the model's hash. Two builds
-of the same commit and artifacts are the same bytes. Nothing is trained here: no artifacts, no release.
+The version is git's description of the commit and the first eight hex digits of two hashes: the model's and
+that of all that is in the archive. Training anew may give the same model, but with another date: that is
+another release. Two builds of the same commit and artifacts are the same bytes. Nothing is trained here: no
+artifacts, no release.
 """
 
 import json
@@ -83,10 +85,9 @@ def build(root: Path) -> Path:
     commit = git(root, "rev-parse", "HEAD")
     time = int(git(root, "show", "-s", "--format=%ct", "HEAD") or 0)
     hashes = {name: archive.sha256(path) for name, path in files.items() if isinstance(path, Path)}
-    version = f"{description}-{manifest['version'].rpartition('+')[2]}"
-    if description.endswith("-dirty"):
-        # What is not committed has no name of its own in git: its content gives it one.
-        version += "-" + archive.digest(json.dumps(hashes, sort_keys=True).encode())[:8]
+    model = manifest["version"].rpartition("+")[2]
+    content = archive.digest(json.dumps(hashes, sort_keys=True).encode())[:8]
+    version = f"{description}-{model}-{content}"
     contents = {
         "format": 1,
         "version": version,

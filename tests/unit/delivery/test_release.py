@@ -1,6 +1,7 @@
 """A release holds code, lock file and artifacts, is named by them, and is the same bytes every time."""
 
 import json
+import re
 import shutil
 import subprocess
 import tarfile
@@ -43,14 +44,22 @@ def test_two_builds_of_the_same_commit_are_the_same_bytes(checkout: Path) -> Non
     assert not list(first.parent.glob("*.partial"))
 
 
-def test_the_name_says_which_commit_and_which_model(checkout: Path) -> None:
+def test_the_name_says_which_commit_which_model_and_which_content(checkout: Path) -> None:
     commit = release.git(checkout, "rev-parse", "--short", "HEAD")
-    assert release.build(checkout).name == f"winemon-{commit}-0123abcd.tar.gz"
+    first = release.build(checkout).name
+    assert re.fullmatch(rf"winemon-{commit}-0123abcd-[0-9a-f]{{8}}\.tar\.gz", first)
     (checkout / "app" / "main.py").write_text("changed = True\n")
     changed = release.build(checkout).name
     assert changed.startswith(f"winemon-{commit}-dirty-0123abcd-")
     (checkout / "app" / "main.py").write_text("changed = False\n")
     assert release.build(checkout).name != changed
+
+
+def test_the_same_model_trained_again_is_another_release(checkout: Path) -> None:
+    first = release.build(checkout)
+    path = checkout / "artifacts" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trained_at": "2026-01-01T00:00:00Z"}))
+    assert release.build(checkout) != first
 
 
 def test_the_manifest_has_the_hash_of_every_file(checkout: Path) -> None:
@@ -72,7 +81,7 @@ def test_the_manifest_has_the_hash_of_every_file(checkout: Path) -> None:
 
 def test_without_git_the_project_gives_the_version(checkout: Path) -> None:
     shutil.rmtree(checkout / ".git")
-    assert release.build(checkout).name == "winemon-0.1.0-0123abcd.tar.gz"
+    assert release.build(checkout).name.startswith("winemon-0.1.0-0123abcd-")
 
 
 def test_no_artifacts_no_release(checkout: Path) -> None:
