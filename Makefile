@@ -6,6 +6,8 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 UV := .venv/uv/bin/uv
 # Quiet and offline where the cache suffices; the lock files carry the hashes.
 UV_FLAGS := --quiet --no-config --no-python-downloads
+# It trusts whom this computer trusts, such as a company's own CA.
+export UV_SYSTEM_CERTS := true
 
 .PHONY: help
 help: ## list the verbs
