@@ -65,7 +65,7 @@ wheels: $(UV)
 
 .PHONY: gate
 gate: .venv/training/.synced .venv/ansible/.synced | artifacts/manifest.json ## the trained model against the live one: pass or refuse, with a report (CHAMPION=archive, directory or none)
-	@rm -f build/champion.tar.gz; [ -n '$(CHAMPION)' ] || [ ! -e $(INVENTORY) ] || $(ANSIBLE)/ansible-playbook -i $(INVENTORY) ansible/champion.yml
+	@rm -rf build/gate build/champion.tar.gz; [ -n '$(CHAMPION)' ] || [ ! -e $(INVENTORY) ] || $(ANSIBLE)/ansible-playbook -i $(INVENTORY) ansible/champion.yml
 	@champion='$(CHAMPION)'; [ -n "$$champion" ] || champion=$$(ls build/champion.tar.gz 2>/dev/null || echo none); \
 	  .venv/training/bin/python -m delivery.gate --champion "$$champion" $(if $(DATA),--data '$(DATA)')
 
@@ -95,6 +95,8 @@ verify: .venv/ansible/.synced ## check a provisioned machine from here
 	@$(PLAYBOOK) ansible/verify.yml
 
 .PHONY: publish deploy rollback smoke loadtest
+# The ledger names the build of Jenkins that did it.
+WHY ?= $(BUILD_TAG)
 publish: .venv/ansible/.synced $(UV) ## put the release of this commit and artifacts/ into the store
 	@$(PLAYBOOK) ansible/publish.yml -e release="$(CURDIR)/$$($(MAKE) --silent release | tail -n 1)"
 
