@@ -1,6 +1,7 @@
 """One application in this process, and servers that the end of a test stops."""
 
 import json
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from app.contract import MANIFEST_FILE
 from app.main import create_app
 from app.schemas import EXAMPLE
 from app.settings import Settings
+
+# Each application keeps its files of metrics open, as a worker does; Debian lets a process have 1,024.
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(_soft, min(4096, _hard)), _hard))
 
 
 @pytest.fixture(scope="session")
