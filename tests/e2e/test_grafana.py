@@ -61,7 +61,7 @@ def bare(site: Site) -> Site:
 
 def test_where_the_repository_is_out_of_reach_nothing_is_changed_and_the_way_out_is_said(bare: Site) -> None:
     with pytest.raises(pytest.fail.Exception) as failure:
-        bare.play("site.yml", *NOWHERE)
+        bare.play("site.yml", *NOWHERE, "-e", "winemon_unreachable=fail")
     said = str(failure.value)
     assert (
         f"{bare.name} cannot reach https://grafana.invalid, where Grafana comes from; grafana_package" in said
