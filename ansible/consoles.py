@@ -56,6 +56,7 @@ CONSOLES = (
         "Alertmanager", "monitoring", 9093, "alertmanager_port", "/api/v2/alerts", "/-/ready", "alertmanager"
     ),
     Console("Locust", "loadtest", 8089, "locust_port", "/", "/metrics", "locust", first_only=True),
+    Console("Jenkins", "jenkins", 8080, "jenkins_port", "/", "/job/winemon/api/json", "jenkins"),
 )
 
 

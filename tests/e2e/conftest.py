@@ -18,6 +18,7 @@ import yaml
 
 from delivery import release
 from tests.e2e.grafana import package as grafana
+from tests.e2e.jenkins import package as jenkins
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "e2e"
@@ -30,10 +31,8 @@ UNITS = (
     "prometheus",
     "grafana-server",
     "winemon-firewall",
+    "jenkins",
 )
-
-# Told by name only. Jenkins is not part of site.yml yet, and needs an inventory that has the group jenkins.
-collect_ignore = ["test_jenkins.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -211,8 +210,12 @@ def machines(session: pytest.Session, inventory: Path, build: Path) -> Iterator[
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     """Build the machine, bare at first; every test goes on from where the one before it left it."""
     with machines(request.session, INVENTORY, BUILD) as site:
+        # The inventory names them where they are.
         if not grafana.real_one_answers():
-            grafana.package(grafana.VERSION, BUILD)  # the inventory names it where it is
+            grafana.package(grafana.VERSION, BUILD)
+        if not jenkins.real_one_answers():
+            jenkins.package(jenkins.VERSION, BUILD)
+            jenkins.plugins(BUILD)
         yield site
 
 

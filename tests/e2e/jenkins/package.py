@@ -11,10 +11,15 @@ import zipfile
 from pathlib import Path
 from typing import Final
 
+import yaml
+
 SERVER: Final = Path(__file__).with_name("server.py")
 PROBE: Final = Path(__file__).with_name("Probe.java")
-PLUGINS: Final = Path(__file__).parents[3] / "roles/jenkins/files/plugins.txt"
-VERSION: Final = "2.580.2"
+ROLE: Final = Path(__file__).parents[3] / "roles/jenkins"
+PLUGINS: Final = ROLE / "files/plugins.txt"
+DEFAULTS: Final = ROLE / "defaults/main.yml"
+VERSION: Final[str] = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["jenkins_version"]
+"""The version that the role wants."""
 
 CONTROL: Final = """\
 Package: jenkins
