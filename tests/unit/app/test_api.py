@@ -208,6 +208,22 @@ def test_the_documentation_needs_no_internet(client: Client) -> None:
             assert client.get(f"/{asset}").status_code == 200
 
 
+def test_the_page_takes_nothing_from_elsewhere_and_cannot_be_broken_out_of(settings: Settings) -> None:
+    hostile = {"</script><script>alert(1)</script>": "http://x/"}
+    response = Client(create_app(settings.model_copy(update={"consoles": hostile}))).get("/")
+    assert "</script><script>alert" not in response.text
+    assert response.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "src=" not in response.text
+
+
+def test_without_a_model_the_page_says_why(settings: Settings) -> None:
+    response = Client(create_app(settings.model_copy(update={"artifacts_dir": settings.metrics_dir}))).get(
+        "/"
+    )
+    assert response.status_code == 200
+    assert "No such file or directory" in response.text
+
+
 def test_ready_notices_a_model_that_changed_its_mind(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
