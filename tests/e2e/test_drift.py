@@ -139,7 +139,10 @@ def receiver(site: Site) -> Iterator[Receiver]:
             "prometheus_rules_directory": str(directory),
             "prometheus_scrape_interval": "2s",
             "prometheus_evaluation_interval": "2s",
-            "alertmanager_receivers": [{"name": "test", "webhook_url": url}],
+            "alertmanager_receivers": [
+                {"name": "test", "webhook_url": url},
+                {"name": "oncall", "webhook_url": url, "severities": ["critical"]},
+            ],
             "alertmanager_group_wait": "1s",
             "alertmanager_group_interval": "2s",
         }
@@ -208,6 +211,21 @@ def test_in_its_first_ten_minutes_a_machine_fires_nothing_but_the_watchdog_and_w
         one["metric"]["alertname"] for one in site.query('count_over_time(ALERTS{alertstate="firing"}[1d])')
     }
     assert fired - PROVOKED == {"Watchdog"}
+
+
+@pytest.mark.usefixtures("receiver")
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ("alertname=ApiDown severity=critical", "test,oncall"),
+        ("alertname=FeatureDrift severity=warning", "test"),
+        ("alertname=ModelStale severity=info", "nobody"),
+        ("alertname=Watchdog severity=critical", "nobody"),
+    ],
+)
+def test_an_alert_is_told_to_those_who_take_its_severity(site: Site, labels: str, told: str) -> None:
+    routes = "amtool config routes test --config.file=/etc/prometheus/alertmanager.yml"
+    assert site.run(f"{routes} {labels}") == told
 
 
 def test_wines_like_those_of_training_drift_nowhere(site: Site, receiver: Receiver, sender: Sender) -> None:
