@@ -36,7 +36,7 @@ lock: $(UV) ## renew the hashed lock files under requirements/
 
 # --- the model and its release --------------------------------------------------------------------------------------
 
-.PHONY: train search serve bench release wheels compiler
+.PHONY: train search serve bench release wheels bundle compiler
 # The model is compiled where it is trained; without a compiler it is served by scikit-learn.
 compiler:
 	@command -v cc >/dev/null || ! command -v apt-get >/dev/null || ansible/debian-packages gcc libc6-dev
@@ -60,8 +60,12 @@ bench: .venv/dev/.synced | artifacts/manifest.json ## cost and latency against t
 release: | artifacts/manifest.json ## build the release archive from this commit and artifacts/
 	@$(PYTHON) -m delivery.release
 
-wheels: $(UV)
+wheels:
 	@$(PYTHON) -m delivery.wheels $(LOCK) $(MACHINE_PYTHON) $(MACHINE_ARCHITECTURE)
+
+bundle: .venv/ansible/.synced | artifacts/manifest.json ## what machines without the internet need, in one archive (DEBIAN=12, WITH="grafana_....deb ...")
+	@ansible/debian-packages apt-utils debian-archive-keyring
+	@.venv/ansible/bin/python -m delivery.bundle build $(DEBIAN) $(WITH)
 
 .PHONY: gate
 gate: .venv/training/.synced .venv/ansible/.synced | artifacts/manifest.json ## the trained model against the live one: pass or refuse, with a report (CHAMPION=archive, directory or none)

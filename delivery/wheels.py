@@ -24,16 +24,23 @@ def run(*command: str | Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own tools, no shell
 
 
+def target(root: Path, lock: str, python: str, architecture: str) -> Path:
+    """Return where the archive for requirements/<lock>.txt is, or will be."""
+    digest = archive.sha256(root / "requirements" / f"{lock}.txt")[:12]
+    return root / "build" / "wheels" / f"{lock}-{digest}-py{python}-{architecture}.tar.gz"
+
+
 def collect(root: Path, lock: str, python: str, architecture: str) -> Path:
     """Build the archive for requirements/<lock>.txt unless it is there, and return its path.
 
     Raises CalledProcessError when a package cannot be had as a wheel; pip has then said which.
     """
+    collected = target(root, lock, python, architecture)
+    if collected.exists():
+        return collected
     requirements = root / "requirements" / f"{lock}.txt"
-    name = f"{lock}-{archive.sha256(requirements)[:12]}-py{python}-{architecture}"
-    target = root / "build" / "wheels" / f"{name}.tar.gz"
-    if target.exists():
-        return target
+    # Here, so that a controller without the internet, which has the wheels from a bundle, does without.
+    run("make", "--silent", "--no-print-directory", f"--directory={root}", ".venv/uv/bin/uv")
     tools = root / ".venv" / "uv" / "bin"
     with tempfile.TemporaryDirectory() as directory:
         chosen, wheels = Path(directory, "requirements.txt"), Path(directory, "wheels")
@@ -72,8 +79,8 @@ def collect(root: Path, lock: str, python: str, architecture: str) -> Path:
             f"--requirement={chosen}",
         )
         files: dict[str, Path | bytes] = {wheel.name: wheel for wheel in wheels.iterdir()}
-        archive.write(target, {**files, "requirements.txt": chosen}, compress=False)
-    return target
+        archive.write(collected, {**files, "requirements.txt": chosen}, compress=False)
+    return collected
 
 
 def main() -> int:
@@ -85,10 +92,10 @@ def main() -> int:
     arguments = parser.parse_args()
     root = Path(__file__).resolve().parent.parent
     try:
-        target = collect(root, arguments.lock, arguments.python, arguments.architecture)
+        collected = collect(root, arguments.lock, arguments.python, arguments.architecture)
     except subprocess.CalledProcessError as error:
         return int(error.returncode)
-    print(target.relative_to(root))  # noqa: T201 - a command's answer
+    print(collected.relative_to(root))  # noqa: T201 - a command's answer
     return 0
 
 

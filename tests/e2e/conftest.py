@@ -174,14 +174,14 @@ def left_behind(site: Site) -> dict[str, list[str]]:
 
 
 @contextlib.contextmanager
-def machines(session: pytest.Session, inventory: Path, build: Path) -> Iterator[Site]:
+def machines(session: pytest.Session, inventory: Path, build: Path, *options: str) -> Iterator[Site]:
     """Build the machines of an inventory, bare, and remove them at the end, whatever happens."""
     if os.geteuid() != 0:
         pytest.fail("Machines are built as root: run `sudo make test`.")
     shutil.rmtree(build, ignore_errors=True)
     build.mkdir(parents=True)
     site = Site(inventory, build)
-    options = ["-e", f"winemon_machine_debian={os.environ.get('DEBIAN', '13')}"]
+    options = ("-e", f"winemon_machine_debian={os.environ.get('DEBIAN', '13')}", *options)
     loaded = ROOT / ".machines" / f"{inventory.name}-loaded"  # that `make up` has loaded them once
     # A machine that a killed run left behind would not be bare.
     loaded.unlink(missing_ok=True)
