@@ -120,7 +120,7 @@ loadtest: .venv/ansible/.synced $(if $(HERE),.venv/loadtest/.synced) ## load the
 
 .PHONY: push jenkins-plugins
 push: .venv/ansible/.synced ## push this commit to the repository that Jenkins builds from
-	@$(PLAYBOOK) ansible/jenkins-push.yml
+	@mkdir -p build; $(PLAYBOOK) ansible/jenkins-push.yml
 
 jenkins-plugins: ## collect Jenkins' plugins for machines without its update centre; needs Java and the internet
 	@mkdir -p build && version=$$(awk '/^jenkins_version:/ {print $$2}' roles/jenkins/defaults/main.yml) && \
