@@ -47,7 +47,7 @@ def play(tmp_path: Path) -> Play:
         inventory.write_text(json.dumps({"api": {"hosts": apis}, "loadbalancer": {"hosts": balancers}}))
         variables = {
             "winemon_api_store": str(tmp_path),
-            "_winemon_api_command": [str(tool), "{{ inventory_hostname }}"],
+            "_winemon_api_command": [str(tool), "{{ item | default(inventory_hostname) }}"],
             "_haproxy_command": [str(tool), "{{ item }}"],
         }
         command = [
@@ -83,6 +83,13 @@ def test_a_failure_brings_the_machine_back_and_spares_the_next(play: Play) -> No
     assert done.returncode != 0
     assert "it is broken" in done.stdout
     assert told == ["one drain a", "a rollback", "one ready a"]
+
+
+def test_a_failure_takes_the_release_back_from_the_machines_before_it(play: Play) -> None:
+    done, told = play("deploy", {}, broken="b switch")
+    assert done.returncode != 0
+    assert "it is broken" in done.stdout
+    assert told == ["a switch v2", "b switch v2", "a switch v1"]
 
 
 def test_a_load_balancer_that_is_gone_stops_it_and_the_others_ask_the_machine_again(play: Play) -> None:
