@@ -98,6 +98,11 @@ urls: .venv/ansible/.synced ## one line a console: name, URL, user, password fil
 verify: .venv/ansible/.synced ## check a provisioned machine from here
 	@$(PLAYBOOK) ansible/verify.yml
 
+.PHONY: box
+box: ## a Vagrant box for libvirt with a bare Debian (DEBIAN=12 for the one before): build/box/debian-13.box
+	@ansible/debian-packages mmdebstrap e2fsprogs fdisk grub-common grub-pc-bin qemu-utils
+	@ansible/files/build-box $(DEBIAN) build/box/debian-$(DEBIAN).box
+
 .PHONY: publish deploy rollback smoke loadtest
 # The ledger names the build of Jenkins that did it.
 WHY ?= $(BUILD_TAG)
@@ -129,7 +134,7 @@ jenkins-plugins: ## collect Jenkins' plugins for machines without its update cen
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
-.PHONY: rules dashboards test check lint
+.PHONY: rules dashboards test check lint test-vagrant
 rules: .venv/dev/.synced ## build the committed rules from monitoring/objectives.yml
 	@.venv/dev/bin/python -m monitoring.rules
 
@@ -138,6 +143,9 @@ dashboards: .venv/dev/.synced ## build the committed dashboards from dashboards/
 
 test: ## everything: lint, unit, rules, end to end on a throw-away machine; prints the time of each stage
 	@tests/run packages lint unit rules e2e
+
+test-vagrant: ## the story of a VM: vagrant up, plays, reload, destroy; an hour or more without KVM
+	@tests/vagrant/run
 
 check: ## the part of it that needs no machine (CHECK="lint rules" for some of its stages)
 	@rm -rf build/check
