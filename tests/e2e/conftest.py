@@ -50,28 +50,38 @@ class Site:
     `name` and `address` are those of the first one, the only one of most stories.
     """
 
+    user = "debian"
+    key = ROOT / ".machines" / "id_ed25519"
+    known_hosts = ROOT / ".machines" / "known_hosts"
+    # How many times as long as usual to wait.
+    patience = 1
+
     def __init__(self, inventory: Path, build: Path) -> None:
         groups = yaml.safe_load((inventory / "hosts.yml").read_text())
         self.inventory = inventory
         self.build = build
+        self.secrets = build / "secrets"
         self.bridge: str = groups["machines"]["vars"]["winemon_machine_bridge"]
         self.groups = {group: list(own["hosts"]) for group, own in groups.items()}
         self.addresses = {name: own["ansible_host"] for name, own in groups["machines"]["hosts"].items()}
         self.name, self.address = next(iter(self.addresses.items()))
         self.commands = 0
         self.ssh_config = build / "ssh_config"
-        machines = ROOT / ".machines"
         self.ssh_config.write_text(
             "".join(f"Host {name}\n  HostName {address}\n" for name, address in self.addresses.items())
-            + "Host *\n  User debian\n  ConnectTimeout 2\n"
-            f"  IdentityFile {machines / 'id_ed25519'}\n  UserKnownHostsFile {machines / 'known_hosts'}\n"
+            + f"Host *\n  User {self.user}\n  ConnectTimeout {2 * self.patience}\n"
+            f"  IdentityFile {self.key}\n  UserKnownHostsFile {self.known_hosts}\n"
         )
-        self.client = httpx.Client(trust_env=False, timeout=10)
+        self.client = self.connect()
+
+    def connect(self) -> httpx.Client:
+        """Return a client that has no connections yet."""
+        return httpx.Client(trust_env=False, timeout=10 * self.patience)
 
     def reconnect(self) -> None:
         """Talk over new connections."""
         self.client.close()
-        self.client = httpx.Client(trust_env=False, timeout=10)
+        self.client = self.connect()
 
     def up(self) -> str:
         """Do what `make up` does, for these machines."""
@@ -128,7 +138,7 @@ class Site:
 
     def secret(self, name: str) -> tuple[str, str]:
         """Return user and password of a console."""
-        return "admin", (self.build / "secrets" / name).read_text().strip()
+        return "admin", (self.secrets / name).read_text().strip()
 
     def api(self, path: str) -> str:
         """Return the URL of a route of the first API."""

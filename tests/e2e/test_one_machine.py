@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import BUILD, ROOT, Site
+from tests.e2e.conftest import ROOT, Site
 
 with (ROOT / "loadtest" / "wines.csv").open(newline="") as _file:
     WINES = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(_file)]
@@ -96,7 +96,7 @@ def test_every_request_is_counted_once_even_when_a_worker_is_killed(site: Site) 
     master = site.run("systemctl show --property=MainPID --value winemon-api")
     victim, *others = site.run(f"pgrep -P {master}").split()
     site.run(f"kill -9 {victim}")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 30 * site.patience
     while len(site.run(f"pgrep -P {master}").split()) <= len(others):
         assert time.monotonic() < deadline, "the killed worker was not replaced"
         time.sleep(0.2)
@@ -124,7 +124,7 @@ def test_a_model_that_was_tampered_with_is_refused_and_said(site: Site) -> None:
 
 def await_status(site: Site, path: str, status: int) -> str:
     """Return the answer as soon as it has this status."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 30 * site.patience
     while (answer := site.client.get(site.api(path))).status_code != status:
         assert time.monotonic() < deadline, f"{path} says {answer.status_code}: {answer.text}"
         time.sleep(0.2)
@@ -148,11 +148,11 @@ def test_consoles_ask_for_their_generated_password(site: Site, port: int, path: 
 
 
 def test_secrets_are_nobody_elses_business(site: Site) -> None:
-    folder = BUILD / "secrets"
+    folder = site.secrets
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
     passwords = [site.secret(name)[1] for name in SECRETS if (folder / name).exists()]
-    logs = "".join(log.read_text() for log in BUILD.glob("*.log")) + site.run("journalctl --no-pager")
+    logs = "".join(log.read_text() for log in site.build.glob("*.log")) + site.run("journalctl --no-pager")
     for password in passwords:
         assert password not in logs
         readable = site.run("grep -rlsF --file=- /etc /opt /run /var/lib || true", password).split()
