@@ -150,11 +150,11 @@ def test_it_runs_as_its_own_user_in_our_sandbox(site: Site) -> None:
 
 
 @pytest.fixture
-def mirror(tmp_path: Path) -> Iterator[list[str]]:
+def mirror(site: Site, tmp_path: Path) -> Iterator[list[str]]:
     """Serve a signed repository with two versions to the machine, and yield the options that name it."""
     key = repository(["12.0.0", "12.1.0"], tmp_path / "mirror")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "mirror"))
-    server = ThreadingHTTPServer((Site.address.rpartition(".")[0] + ".1", 0), handler)
+    server = ThreadingHTTPServer((site.address.rpartition(".")[0] + ".1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://{server.server_address[0]}:{server.server_port}"
     yield ["-e", "grafana_package=", "-e", f"grafana_repository={url}", "-e", f"grafana_repository_key={key}"]

@@ -132,10 +132,12 @@ def ran(build: Build) -> list[str]:
 
 def serving(site: Site) -> dict[str, Any]:
     """Return what is live, which workers serve it, and what a new machine would get."""
-    now = status(site)
+    deadline = time.monotonic() + 30
+    while set((now := status(site))["workers"]) != {now["live"]}:  # those of before take their time to leave
+        assert time.monotonic() < deadline, now
+        time.sleep(0.5)
     index = json.loads(site.run(f"cat {STORE}/index.json"))
     assert now["ready"], now
-    assert set(now["workers"]) == {now["live"]}, now
     return {"live": now["live"], "workers": now["workers"], "new machines": index["live"]}
 
 
