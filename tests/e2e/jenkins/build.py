@@ -141,7 +141,8 @@ class Build:
         status = self.execute("Check out", commands, HOME)
         output = self.log("Check out").read_text()
         assert status == 0, output
-        self.commit = output.split()[-1]
+        # What the shell traces comes by another way, before or after it.
+        (self.commit,) = re.findall(r"^[0-9a-f]{40}$", output, re.MULTILINE)
         self.variables |= {"GIT_URL": url, "GIT_BRANCH": f"origin/{branch}", "GIT_COMMIT": self.commit}
         self.say(f"commit {self.commit[:12]}")
 
