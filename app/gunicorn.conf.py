@@ -16,6 +16,7 @@ app/settings.py documents:
 """
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import gc
@@ -56,6 +57,7 @@ _MAX_CONNECTIONS = int(os.environ.get("WINEMON_MAX_CONNECTIONS", "4096"))
 _REQUEST_TIMEOUT = float(os.environ.get("WINEMON_REQUEST_TIMEOUT", "10"))
 _LEAVE_SECONDS = float(os.environ.get("WINEMON_LEAVE_SECONDS", "10"))
 _SLOTS = 128
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 wsgi_app = "app.main:create_app()"
 # Explicit, as HUP follows a symlink only here.
@@ -332,6 +334,10 @@ def post_worker_init(_worker: Any) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    # Keep the heap that batches came and went in, else it is given back and asked for anew page by page.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_TRIM_THRESHOLD, 8 * 1024 * 1024)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2 * 1024 * 1024)
 
 
 def child_exit(_server: Any, worker: Any) -> None:

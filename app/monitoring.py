@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.artifacts import Baseline, Manifest
 from app.contract import MODEL_FILE
-from app.predictor import CompiledPredictor, Numbers, Predictor, Serving
+from app.predictor import MAX_BINS, CompiledPredictor, Numbers, Predictor, Serving
 from app.settings import Settings
 
 DURATION_BUCKETS: Final = (
@@ -153,8 +153,8 @@ class Monitor:
         bins.append((edges, [self._cell(bucket) for bucket in self._output._buckets]))
         total = self._cell(self._output._sum)
         self._state(ready=True, compiled=predictor.compiled)
-        if isinstance(predictor, CompiledPredictor):
-            addresses = [_address(cell) for _, cells in bins for cell in cells]
+        if isinstance(predictor, CompiledPredictor) and all(len(cells) <= MAX_BINS for _, cells in bins):
+            addresses = [[_address(cell) for cell in cells] for _, cells in bins]
             return predictor.counting([edges for edges, _ in bins], addresses, _address(total))
         return Serving(_counting(predictor, bins, total))
 

@@ -5,8 +5,8 @@ import logging
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from itertools import accumulate, chain
-from math import nan
+from itertools import chain
+from math import inf, nan
 from pathlib import Path
 from struct import Struct
 from typing import Any, Protocol
@@ -24,6 +24,12 @@ Row = Collection[float]
 """The eleven values of a wine in the contract's order."""
 
 Numbers = array  # of doubles: one quality after the other, or one wine's values after the other's
+
+INTERFACE = 2
+"""The number by which training/wines.c calls what its functions take."""
+
+MAX_BINS = 32
+"""Most bins that the compiled form counts into."""
 
 TOLERANCE = 1e-9
 """How far a prediction may be from the one that training stored for the same wine."""
@@ -87,11 +93,16 @@ class CompiledPredictor:
     def __init__(self, library: Path) -> None:
         try:
             self._code = code = ctypes.CDLL(str(library.resolve()))
+            interface = ctypes.c_uint32.in_dll(code, "winemon_interface").value
+            if interface != INTERFACE:
+                raise ArtifactError(
+                    f"{library.name}: interface {interface} instead of {INTERFACE}; train again"
+                )
             self._one, self._many = code.winemon_predict, code.winemon_predict_many
             code.winemon_serve.restype = ctypes.c_double
             code.winemon_serve_many.restype = ctypes.c_size_t
             code.winemon_count.restype = None
-        except (OSError, AttributeError) as error:
+        except (OSError, AttributeError, ValueError) as error:
             raise ArtifactError(f"{library.name}: cannot be loaded: {error}") from error
         self._one.restype, self._many.restype = ctypes.c_double, None
         self._row = ctypes.create_string_buffer(_ROW.size)
@@ -111,12 +122,12 @@ class CompiledPredictor:
         return qualities
 
     def counting(
-        self, edges: Sequence[Sequence[float]] = (), cells: Sequence[int] = (), total: int = 0
+        self, edges: Sequence[Sequence[float]] = (), cells: Sequence[Sequence[int]] = (), total: int = 0
     ) -> Serving:
         """Return what predicts as above, reads JSON, and counts, if anything.
 
         `edges` are those of each feature, and of the quality for its bins and for its histogram; `cells` the
-        addresses of as many doubles and one more for each of them, and `total` that of the sum of qualities.
+        addresses of one double more for each of them, at most MAX_BINS; `total` that of the sum of qualities.
         """
         return _CompiledServing(self, self._code, edges, cells, total)
 
@@ -127,7 +138,7 @@ class _CompiledServing(Serving):
         predictor: CompiledPredictor,
         code: ctypes.CDLL,
         edges: Sequence[Sequence[float]],
-        cells: Sequence[int],
+        cells: Sequence[Sequence[int]],
         total: int,
     ) -> None:
         super().__init__(self._predict)
@@ -142,9 +153,8 @@ class _CompiledServing(Serving):
         # Kept, as the library is given their addresses.
         self._tables = (
             array("B", fields),
-            array("d", chain.from_iterable(edges)),
-            array("I", accumulate(map(len, edges))),
-            array("Q", cells),
+            array("d", chain.from_iterable([*some, *[inf] * (MAX_BINS - len(some))] for some in edges)),
+            array("Q", chain.from_iterable([*some, *[0] * (MAX_BINS - len(some))] for some in cells)),
         )
         addresses = (table.buffer_info()[0] if table else 0 for table in self._tables)
         self._counts = array("Q", [*addresses, total])

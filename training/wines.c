@@ -9,24 +9,46 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
-enum { FEATURES = 11 };
+enum { FEATURES = 11, BINS = 32 };
 
 double winemon_predict(const double *wine);
 void winemon_predict_many(const double *wines, double *qualities, size_t count);
 
 typedef struct {
-    char name[32]; /* with the quote that ends it */
+    char name[32]; /* with the quote that ends it, and zeros */
     double minimum, maximum;
 } field;
 
 typedef struct {
     const field *fields;
-    const double *edges;   /* of each feature, and of the quality for its bins and for its histogram */
-    const uint32_t *ends;  /* where the edges of each end */
-    double *const *cells;  /* addresses of the counts, one more of each than it has edges; NULL counts nothing */
-    double *total;         /* the sum of all qualities */
+    /* BINS for each feature, and for the quality's bins and its histogram; an edge that none needs is infinite. */
+    const double *edges;
+    double *const *cells; /* addresses of the counts; NULL counts nothing */
+    double *total;        /* the sum of all qualities */
 } counts;
+
+/* What app/predictor.py asks for: another number with each change of what the functions take. */
+const uint32_t winemon_interface = 2;
+
+/* What comes after this name, eight bytes at a time while there are as many; or NULL. */
+static const char *skip(const char *at, const char *end, const char *name) {
+    for (; end - at >= 8; at += 8, name += 8) {
+        uint64_t text, part;
+        memcpy(&text, at, 8);
+        memcpy(&part, name, 8);
+        if (text != part) {
+            int same = __builtin_ctzll(text ^ part) / 8;
+            return name[same] || name[same - 1] != '"' ? NULL : at + same; /* zeros of the text may equal the name's */
+        }
+        if (!name[7])
+            return NULL;
+    }
+    for (; *name && *name == *at; name++)
+        at++;
+    return *name ? NULL : at;
+}
 
 static const char *space(const char *at) {
     while (*at == ' ' || *at == '\n' || *at == '\r' || *at == '\t')
@@ -76,8 +98,8 @@ static const char *number(const char *at, double *value) {
     return at; /* at what ends it, or at a digit or exponent that the caller does not expect */
 }
 
-/* Reads one object; what comes after it, or NULL. */
-static const char *read_wine(const char *at, const field *fields, double *wine) {
+/* Reads one object of a text that goes on to `end`; what comes after it, or NULL. */
+static const char *read_wine(const char *at, const char *end, const field *fields, double *wine) {
     uint32_t seen = 0;
     size_t next = 0;
     at = expect(at, "{");
@@ -86,12 +108,8 @@ static const char *read_wine(const char *at, const field *fields, double *wine) 
         const char *value = NULL;
         size_t feature = next;
         for (size_t tried = 0; tried < FEATURES; tried++, feature = (feature + 1) % FEATURES) {
-            const char *name = fields[feature].name;
-            for (value = at; *name && *name == *value; name++)
-                value++;
-            if (!*name)
+            if ((value = skip(at, end, fields[feature].name)))
                 break;
-            value = NULL;
         }
         if (!value || seen >> feature & 1 || !(value = expect(value, ":")))
             return NULL;
@@ -115,12 +133,11 @@ void winemon_count(const counts *into, const double *wines, const double *qualit
     if (!into->cells)
         return;
     for (size_t wine = 0; wine < count; wine++, wines += FEATURES) {
-        size_t edge = 0;
         for (size_t feature = 0; feature < FEATURES + 2; feature++) {
             double value = feature < FEATURES ? wines[feature] : qualities[wine];
-            size_t bin = edge + feature;
-            for (; edge < into->ends[feature]; edge++)
-                bin += into->edges[edge] <= value;
+            size_t bin = BINS * feature;
+            for (size_t step = BINS / 2; step; step /= 2)
+                bin += step & -(size_t)(into->edges[bin + step - 1] <= value);
             *into->cells[bin] += 1.0;
         }
         *into->total += qualities[wine];
@@ -130,7 +147,7 @@ void winemon_count(const counts *into, const double *wines, const double *qualit
 /* Reads, predicts and counts the wine that a JSON text is; NaN, and nothing is counted, where it is not sure of it. */
 double winemon_serve(const counts *into, const char *json, size_t length) {
     double wine[FEATURES];
-    const char *at = read_wine(json, into->fields, wine);
+    const char *at = read_wine(json, json + length, into->fields, wine);
     if (!at || space(at) != json + length)
         return NAN;
     double quality = winemon_predict(wine);
@@ -146,7 +163,7 @@ size_t winemon_serve_many(const counts *into, const char *json, size_t length, d
     if (!at || !(at = expect(at, "\"samples\"")) || !(at = expect(at, ":")) || !(at = expect(at, "[")))
         return 0;
     for (;; at++) {
-        if (count == most || !(at = read_wine(at, into->fields, wines + FEATURES * count)))
+        if (count == most || !(at = read_wine(at, json + length, into->fields, wines + FEATURES * count)))
             return 0;
         count++;
         at = space(at);

@@ -21,7 +21,7 @@ class VM(Site):
 
     user = "vagrant"
     key = CLONE / ".vagrant/machines/winemon/libvirt/private_key"
-    known_hosts = CLONE / ".vagrant/known_hosts"
+    known_hosts = BUILD / "known_hosts"  # Ansible comes by another address, and knows the key by that
     patience = 10 if os.environ.get("WINEMON_VAGRANT_DRIVER") == "qemu" else 1
 
     def __init__(self) -> None:
@@ -30,6 +30,8 @@ class VM(Site):
         known["machines"] = {"hosts": {"winemon": host}, "vars": {"winemon_machine_bridge": {}}}
         (BUILD / "hosts.yml").write_text(yaml.dump(known))
         super().__init__(BUILD, BUILD)
+        with self.ssh_config.open("a") as config:
+            config.write("  StrictHostKeyChecking accept-new\n")
         self.secrets = CLONE / "inventory/vagrant/secrets"
 
     def play(self, playbook: str, *options: str) -> str:

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from api_harness import Client, make_artifacts, parse, value
+from api_harness import Client, make_artifacts, parse, value, write_manifest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from app.contract import FEATURE_NAMES
 from app.main import create_app
 from app.monitoring import Monitor
+from app.predictor import MAX_BINS
 from app.schemas import EXAMPLE
 from app.settings import Settings
 
@@ -113,6 +114,27 @@ def test_puts_each_value_into_its_bin(client: Client, artifacts: Path, wine: dic
         before = value(scrape(client), "winemon_feature_bin_total", **labels)
         predict(client, {**wine, "ph": ph})
         assert value(scrape(client), "winemon_feature_bin_total", **labels) == before + 1, (ph, name)
+
+
+@pytest.mark.parametrize("count", [MAX_BINS - 2, MAX_BINS - 1])
+def test_counts_into_as_many_bins_as_a_baseline_has(tmp_path: Path, wine: dict[str, Any], count: int) -> None:
+    """With `below` and `above` the first fills the compiled code's tables, the second does not fit."""
+    artifacts = make_artifacts(tmp_path / "artifacts")
+    baseline = json.loads((artifacts / "baseline.json").read_text())
+    edges = [3 + number / 100 for number in range(count + 1)]
+    baseline["features"]["ph"] = {"edges": edges, "shares": [1 / count] * count}
+    (artifacts / "baseline.json").write_text(json.dumps(baseline))
+    write_manifest(artifacts, json.loads((artifacts / "manifest.json").read_text()))
+    client = Client(create_app(Settings(artifacts_dir=artifacts, metrics_dir=tmp_path / "metrics")))
+    values = [2.9, *edges, nextafter(edges[-1], inf)]
+    client.post("/predict/batch", json={"samples": [{**wine, "ph": ph} for ph in values]})
+    samples = scrape(client)
+    counted = [
+        value(samples, "winemon_feature_bin_total", feature="ph", bin=name, baseline="base0")
+        for name in ("below", *map(str, range(count)), "above")
+    ]
+    assert counted == [1] * count + [2, 1]
+    assert value(samples, "winemon_model_compiled") == 1
 
 
 def test_a_constant_feature_has_one_bin(client: Client, wine: dict[str, Any]) -> None:

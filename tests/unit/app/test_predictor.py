@@ -61,6 +61,13 @@ def strip(directory: Path) -> None:
     shutil.copy(shutil.which("true") or "", directory / "model.so")
 
 
+def outdate(directory: Path) -> None:
+    library = directory / "model.so"
+    source = "const unsigned winemon_interface = 1;"
+    command = ["cc", "-shared", "-nostdlib", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(command, input=source, text=True, check=True)
+
+
 def swap(directory: Path) -> None:
     other = make_artifacts(directory.with_name("other"), seed=1)
     shutil.copy(other / "model.so", directory / "model.so")
@@ -75,6 +82,7 @@ def remove(directory: Path) -> None:
     [
         (damage, "model.so: cannot be loaded: "),
         (strip, "model.so: cannot be loaded: "),
+        (outdate, "model.so: interface 1 instead of 2; train again"),
         (swap, "model.joblib: predicts "),
         (remove, "training did not compile it"),
     ],

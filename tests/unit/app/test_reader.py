@@ -123,7 +123,14 @@ def test_never_disagrees_with_pydantic_and_never_reads_beyond_the_body(
     read_one = CompiledPredictor(artifacts / "model.so").counting().read_one
     random = Random(count)  # noqa: S311 - tests, not secrets
     plain = batch(*[json.dumps(EXAMPLE)] * count)
-    parts = [*map(str.encode, NUMBERS), *b'{}[],:"\\ \0\xff', plain[:12], plain[13:40], b'"ph": 3.1']
+    parts = [
+        *map(str.encode, NUMBERS),
+        *b'{}[],:"\\ \0\xff',
+        plain[:12],
+        plain[13:40],
+        b'"ph": 3.1',
+        bytes(32),
+    ]
     pieces = [bytes([part]) if isinstance(part, int) else part for part in parts]
     taken = 0
     for _ in range(20_000):
