@@ -151,7 +151,9 @@ def test_secrets_are_nobody_elses_business(site: Site) -> None:
     folder = site.secrets
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in folder.iterdir())
-    passwords = [site.secret(name)[1] for name in SECRETS if (folder / name).exists()]
+    # What it has of Jenkins it has of a Jenkins that is there.
+    names = [name for name in SECRETS if "jenkins" not in name or (folder / "jenkins").exists()]
+    passwords = [site.secret(name)[1] for name in names]
     logs = "".join(log.read_text() for log in site.build.glob("*.log")) + site.run("journalctl --no-pager")
     for password in passwords:
         assert password not in logs
