@@ -14,7 +14,6 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from itertools import cycle
 from math import inf, nextafter
 from pathlib import Path
@@ -322,7 +321,7 @@ class _SharedCollector(Collector):
         families: dict[str, Metric] = {}
         bucket = 0.0
         for (kind, key), value in totals.items():
-            family, name, labels, documentation = _parse(key)
+            family, name, labels, documentation = _parsed[key]
             metric = families.setdefault(family, Metric(family, documentation, kind))
             if "le" not in labels:
                 metric.add_sample(name, labels, value)
@@ -342,20 +341,19 @@ _UNREADABLE: Final = (OSError, RuntimeError, ValueError, struct.error)
 """What reading a damaged metric file raises: gone, cut short, or not its JSON or UTF-8."""
 
 
+_parsed: dict[str, tuple[str, str, dict[str, str], str]] = {}
+"""The family, name, labels and documentation that each key seen so far holds as JSON."""
+
+
 def _read(path: Path) -> list[tuple[str, float]]:
     """Return the keys and values in a metric file; raises one of _UNREADABLE where it is damaged."""
     file = MmapedDict.read_all_values_from_file(str(path))  # type: ignore[no-untyped-call]  # the library has no types here
-    values = [(key, value) for key, value, *_ in file]
+    values = [(key, value) for key, value, _timestamp, _position in file]
     for key, _ in values:
-        _parse(key)
+        if key not in _parsed:
+            family, name, labels, documentation = json.loads(key)
+            _parsed[key] = family, name, labels, documentation
     return values
-
-
-@cache
-def _parse(key: str) -> tuple[str, str, dict[str, str], str]:
-    """Return a key's family, name, labels and documentation."""
-    family, name, labels, documentation = json.loads(key)
-    return family, name, labels, documentation
 
 
 def _set_aside_unreadable(directory: Path, slot: int) -> int:
