@@ -8,6 +8,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,13 +167,14 @@ def test_secrets_are_nobody_elses_business(site: Site) -> None:
 def stranger() -> Iterator[list[str]]:
     """Yield the start of a command that runs on another host of the machine's network."""
     name, link = "winemon-e2e-strg", "vb-e2e-strg"
+    least = ["address", "02:00:00:00:00:01"]  # which the bridge would take if it had no address of its own
 
     def ip(*arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True)
 
     ip("netns", "add", name)
     try:
-        ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("link", "add", link, *least, "type", "veth", "peer", "name", "eth0", "netns", name)
         ip("link", "set", link, "master", "winemon1", "up")
         ip("-n", name, "address", "add", "10.213.1.99/24", "dev", "eth0")
         ip("-n", name, "link", "set", "eth0", "up")
@@ -182,8 +184,11 @@ def stranger() -> Iterator[list[str]]:
 
 
 def test_the_firewall_lets_strangers_reach_ssh_and_nothing_else_of_ours(site: Site) -> None:
+    bridge = Path(f"/sys/class/net/{site.bridge}/address")
+    before = bridge.read_text()
     reaches = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 2)"
     with stranger() as shell:
+        assert bridge.read_text() == before
         result = {
             port: subprocess.run(
                 [*shell, "/usr/bin/python3", "-c", reaches, site.address, str(port)],
