@@ -68,16 +68,17 @@ def timed(site: Site, playbook: str, *options: str) -> float:
 
 def refused(site: Site, command: str, why: str) -> None:
     """Require a command to be refused in one line that says why, and the live release to be what it was."""
-    before = status(site)
+    deadline = time.monotonic() + 60
+    while (before := status(site))["workers"].keys() != {before["live"]}:  # those of the one before leave
+        assert time.monotonic() < deadline, before
+        time.sleep(1)
     result = site.ssh(f"sudo winemon-release {command}")
     assert result.returncode in (1, 2), result
     assert result.stderr.count("\n") == 1
     assert why in result.stderr, result.stderr
     assert ledger(site)[-1]["result"] in result.stderr
     after = status(site)
-    assert after["live"] == before["live"]
-    assert after["workers"][after["live"]] == before["workers"][after["live"]]
-    assert after["workers"].keys() <= before["workers"].keys()  # those that were leaving may be gone
+    assert (after["live"], after["workers"]) == (before["live"], before["workers"])
     assert "winemon-trial" not in site.run("systemctl list-units --all --plain --no-legend 'winemon-*'")
 
 
