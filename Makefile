@@ -2,11 +2,22 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
-PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
+# One after the other, also with -j: `make train release` releases what it has trained.
+.NOTPARALLEL:
+
+PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 UV := .venv/uv/bin/uv
 # Quiet and offline where the cache suffices; the lock files carry the hashes.
 UV_FLAGS := --quiet --no-config --no-python-downloads
-# It trusts whom this computer trusts, such as a company's own CA.
+# What the user's shell says to Python, pip, uv, bash and git changes no verb, but for where packages come from and the way there.
+KEPT := PIP_CONFIG_FILE PIP_%INDEX_URL PIP_NO_INDEX PIP_FIND_LINKS PIP_TRUSTED_HOST PIP_%CERT PIP_PROXY PIP_%TIMEOUT PIP_RETRIES \
+  PIP_%CACHE_DIR PIP_KEYRING_PROVIDER PYTHON_KEYRING_BACKEND UV_%INDEX UV_%INDEX_URL UV_INDEX_% UV_FIND_LINKS UV_INSECURE_HOST \
+  UV_SYSTEM_CERTS UV_NATIVE_TLS UV_%TIMEOUT UV_HTTP_% UV_CONCURRENT_DOWNLOADS UV_NO_CACHE UV_CACHE_DIR UV_KEYRING_PROVIDER \
+  UV_CREDENTIALS_DIR UV_OFFLINE UV_%_ENDPOINT_URL
+unexport $(filter-out $(KEPT),$(filter PYTHON% PIP_% UV_%,$(.VARIABLES)))
+unexport VIRTUAL_ENV CONDA_PREFIX BASH_ENV CDPATH
+unexport GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_NAMESPACE GIT_PREFIX
+# uv trusts whom this computer trusts, such as a company's own CA.
 export UV_SYSTEM_CERTS := true
 
 .PHONY: help
@@ -25,7 +36,7 @@ $(UV): requirements/uv.txt
 .venv/%/.synced: requirements/%.txt $(UV)
 	@echo "environment: .venv/$*"
 	@$(UV) venv $(UV_FLAGS) --clear --python $(PYTHON) .venv/$*
-	@VIRTUAL_ENV=.venv/$* $(UV) pip sync $(UV_FLAGS) --require-hashes $<
+	@$(UV) pip sync $(UV_FLAGS) --python .venv/$* --require-hashes $<
 	@touch $@
 
 .PHONY: lock
@@ -106,8 +117,9 @@ box: ## a Vagrant box for libvirt with a bare Debian (DEBIAN=12 for the one befo
 .PHONY: publish deploy rollback smoke loadtest
 # The ledger names the build of Jenkins that did it.
 WHY ?= $(BUILD_TAG)
-publish: .venv/ansible/.synced $(UV) ## put the release of this commit and artifacts/ into the store
-	@$(PLAYBOOK) ansible/publish.yml -e release="$(CURDIR)/$$($(MAKE) --silent release | tail -n 1)"
+# Not by `make release`: a recipe that calls make runs even under `make -n`.
+publish: .venv/ansible/.synced $(UV) | artifacts/manifest.json ## put the release of this commit and artifacts/ into the store
+	@release=$$($(PYTHON) -m delivery.release) || exit; $(PLAYBOOK) ansible/publish.yml -e release="$(CURDIR)/$$release"
 
 deploy: .venv/ansible/.synced ## make a published release live: the newest, or RELEASE=name (WHY="...")
 	@$(PLAYBOOK) ansible/deploy.yml $(if $(RELEASE),-e release='$(RELEASE)') $(if $(WHY),-e "why='$(WHY)'")
@@ -165,4 +177,4 @@ build/tools/promtool:
 clean: down ## remove the machine, its base, environments, artifacts and build output
 	@sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; $$sudo rm -rf .machines
 	@rm -rf .venv build artifacts .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible .coverage* inventory/current
-	@echo "Kept: inventory/*/secrets"
+	@echo "Kept: inventory/*/.secrets"

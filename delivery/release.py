@@ -9,6 +9,7 @@ artifacts, no release.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -28,9 +29,13 @@ class ReleaseError(Exception):
 
 def git(root: Path, *arguments: str) -> str | None:
     """Return what git prints, or None where there is no git or no commit."""
+    # Neither a repository that this directory happens to lie in nor one that a hook's environment names.
+    repository = [f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         result = subprocess.run(  # noqa: S603 - fixed program, no shell
-            ["git", "-C", str(root), *arguments],  # noqa: S607 - the user's own git
+            ["git", *repository, *arguments],  # noqa: S607 - the user's own git
+            env=environment,
             capture_output=True,
             text=True,
             check=True,

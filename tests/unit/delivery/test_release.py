@@ -84,6 +84,24 @@ def test_without_git_the_project_gives_the_version(checkout: Path) -> None:
     assert release.build(checkout).name.startswith("winemon-0.1.0-0123abcd-")
 
 
+def test_a_hooks_environment_names_no_other_repository(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = release.build(checkout).name
+    other = tmp_path_factory.mktemp("other")
+    subprocess.run(["git", "init", "--quiet", other], check=True)
+    for variable, path in (("GIT_DIR", ".git"), ("GIT_WORK_TREE", ""), ("GIT_INDEX_FILE", ".git/index")):
+        with monkeypatch.context() as environment:
+            environment.setenv(variable, str(other / path))
+            assert release.build(checkout).name == name, variable
+
+
+def test_a_repository_around_the_checkout_does_not_name_it(checkout: Path) -> None:
+    inner = checkout / "inner"
+    shutil.copytree(checkout, inner, ignore=shutil.ignore_patterns(".git", "inner"))
+    assert release.build(inner).name.startswith("winemon-0.1.0-0123abcd-")
+
+
 def test_no_artifacts_no_release(checkout: Path) -> None:
     shutil.rmtree(checkout / "artifacts")
     with pytest.raises(release.ReleaseError, match="run `make train` first"):
