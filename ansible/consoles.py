@@ -66,7 +66,7 @@ VARIABLES = """
 {%- for host in groups['all'] -%}
 {%-   set own = hostvars[host] -%}
 {%-   set known = {'address': own.winemon_address | default(own.ansible_host, true) | default(host, true),
-                   'secrets': own.winemon_secrets_dir | default(own.inventory_dir ~ '/secrets')} -%}
+                   'secrets': own.winemon_secrets_dir | default(own.inventory_dir ~ '/.secrets')} -%}
 {%-   for name in console_variables if own[name] is defined -%}
 {%-     set _ = known.update({name: own[name]}) -%}
 {%-   endfor -%}
@@ -101,7 +101,7 @@ def consoles() -> list[tuple[Console, str, str, str, Path | None]]:
             own = machines[host]
             port = own.get(console.port_variable, console.port)
             user = own.get(f"{console.secret}_username", "admin") if console.secret else ""
-            password = Path(own["secrets"], console.secret) if console.secret else None
+            password = Path(own["secrets"], console.secret).expanduser() if console.secret else None
             found.append((console, host, f"http://{own['address']}:{port}", user, password))
     return found
 

@@ -32,7 +32,7 @@ class VM(Site):
         super().__init__(BUILD, BUILD)
         with self.ssh_config.open("a") as config:
             config.write("  StrictHostKeyChecking accept-new\n")
-        self.secrets = CLONE / "inventory/vagrant/secrets"
+        self.secrets = CLONE / "inventory/vagrant/.secrets"
 
     def play(self, playbook: str, *options: str) -> str:
         """Run a playbook, with the inventory that goes without saying."""
