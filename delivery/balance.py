@@ -40,6 +40,12 @@ class OperationError(Exception):
     """What was asked for went wrong; the message is one line that says why."""
 
 
+def run(*command: str, check: bool) -> None:
+    """Run a command with nothing of whoever called this one."""
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+    subprocess.run(command, env=environment, cwd="/", capture_output=not check, check=check)  # noqa: S603 - the names in it are known to HAProxy
+
+
 class Timer:
     """A timer of systemd that brings an API back."""
 
@@ -48,12 +54,11 @@ class Timer:
         self.stop(name)
         command = ["systemd-run", "--quiet", "--collect", f"--unit=winemon-balance-{name}"]
         command += [f"--on-active={seconds}", "--timer-property=AccuracySec=1s"]
-        subprocess.run([*command, str(Path(__file__).resolve()), "ready", name], check=True)  # noqa: S603 - name is known to HAProxy
+        run(*command, str(Path(__file__).resolve()), "ready", name, check=True)
 
     def stop(self, name: str) -> None:
         """Forget it, if there is one."""
-        unit = f"winemon-balance-{name}.timer"
-        subprocess.run(["systemctl", "--quiet", "stop", unit], capture_output=True, check=False)  # noqa: S603, S607 - the same
+        run("systemctl", "--quiet", "stop", f"winemon-balance-{name}.timer", check=False)
 
 
 class Balancer:

@@ -1,9 +1,12 @@
 """`winemon-balance` against a socket that answers as HAProxy's does."""
 
+import os
 import socketserver
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,3 +165,26 @@ def test_a_haproxy_that_does_not_run_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith("HAProxy does not answer: ")
     assert error.count("\n") == 1
+
+
+def test_what_it_starts_comes_from_the_machine_and_not_from_who_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("systemctl", "systemd-run"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SYSTEMD_CONFIG", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run, seen = subprocess.run, {}
+
+    def look(command: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
+        options |= {"capture_output": True, "text": True}
+        result = run(["sh", "-c", f"command -v {command[0]}; pwd; env"], **{**options, "check": False})
+        seen[command[0]] = result.stdout
+        return result
+
+    monkeypatch.setattr(subprocess, "run", look)
+    Timer().start("a", 60)
+    assert seen.keys() == {"systemctl", "systemd-run"}
+    assert [text for text in seen.values() if str(tmp_path) in text] == []

@@ -6,7 +6,6 @@ import http.server
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,7 +129,8 @@ def fetch(mirror: str, directory: Path) -> "subprocess.CompletedProcess[str]":
     """Fetch plugins with a Java that notes what it is asked, and lays down one plugin."""
     java = directory / "java"
     java.write_text(
-        '#!/bin/sh\nset -e\ncmp -s "$2" - <<X && exit 9\nX\nprintf "%s\\n" "$@" >>"${0%/*}/asked"\n'
+        '#!/bin/sh\nset -e\nenv >"${0%/*}/environment"; pwd >"${0%/*}/place"\n'
+        'cmp -s "$2" - <<X && exit 9\nX\nprintf "%s\\n" "$@" >>"${0%/*}/asked"\n'
         'while [ "$1" != --plugin-download-directory ]; do shift; done\necho plugin >"$2/git.jpi"\n'
     )
     java.chmod(0o755)
@@ -139,9 +139,12 @@ def fetch(mirror: str, directory: Path) -> "subprocess.CompletedProcess[str]":
         "JENKINS_JAVA_CMD": str(java),
         "JENKINS_PLUGIN_MANAGER": mirror,
         "no_proxy": "*",
+        "PYTHONPATH": str(directory),
+        "JAVA_TOOL_OPTIONS": "-XshowSettings",
     }
+    (directory / "subprocess.py").write_text("raise SystemExit('what the caller has there is run')")
     (directory / "plugins.txt").write_text("git:5.10.1\n")
-    command = [sys.executable, ROLE / "files/fetch-plugins", "2.580.2", "plugins.txt", "plugins"]
+    command = [ROLE / "files/fetch-plugins", "2.580.2", "plugins.txt", "plugins"]
     return subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, check=False
     )
@@ -155,8 +158,8 @@ def test_plugins_are_fetched_in_their_own_versions_and_written_down(mirror: str,
     asked = (tmp_path / "asked").read_text().split("\n")
     assert asked[0] == "-jar"
     assert asked[2:-1] == [
-        *("--jenkins-version", "2.580.2", "--plugin-file", "plugins.txt", "--latest=false"),
-        *("--plugin-download-directory", "plugins"),
+        *("--jenkins-version", "2.580.2", "--plugin-file", str(tmp_path / "plugins.txt"), "--latest=false"),
+        *("--plugin-download-directory", str(tmp_path / "plugins")),
     ]
     assert {path.name for path in (tmp_path / "plugins").iterdir()} == {
         "git.jpi",
@@ -165,6 +168,16 @@ def test_plugins_are_fetched_in_their_own_versions_and_written_down(mirror: str,
     }
     check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
     subprocess.run(check, cwd=tmp_path / "plugins", check=True, capture_output=True)
+
+
+def test_java_gets_nothing_of_who_calls_but_proxies(mirror: str, tmp_path: Path) -> None:
+    result = fetch(mirror, tmp_path)
+    assert result.returncode == 0, result.stderr
+    names = {line.split("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
+    proxies = {"http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"}
+    assert names - proxies - {"PWD", "OLDPWD", "SHLVL", "_"} == {"PATH", "LC_ALL"}  # the shell's own
+    assert "no_proxy" in names
+    assert (tmp_path / "place").read_text() == "/\n"
 
 
 def test_a_plugin_manager_that_is_not_what_its_checksum_says_is_never_run(
