@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import io
+import os
+import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,30 @@ def sha256(path: Path) -> str:
 def digest(content: bytes) -> str:
     """Return the SHA-256 of `content` in hex."""
     return hashlib.sha256(content).hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or the names in a directory, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def place(partial: Path, target: Path) -> None:
+    """Give a complete file its name; its content is on disk first, so that no power cut empties it."""
+    flush(partial)
+    partial.replace(target)
+    flush(target.parent)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, partial)
+    place(partial, target)
 
 
 def write(target: Path, files: Mapping[str, Path | bytes], time: int = 0, compress: bool = True) -> None:
@@ -39,4 +65,4 @@ def write(target: Path, files: Mapping[str, Path | bytes], time: int = 0, compre
             info = tarfile.TarInfo(name)
             info.size, info.mtime, info.mode = len(data), time, 0o644
             tar.addfile(info, io.BytesIO(data))
-    partial.replace(target)
+    place(partial, target)

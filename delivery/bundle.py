@@ -210,8 +210,7 @@ def unpack(root: Path, bundle: Path) -> dict[str, str]:
                 "use the commit that it was made from, or make it anew"
             )
         if not wanted.exists():
-            wanted.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(held, wanted)
+            archive.copy(held, wanted)
     return {"release": str(directory / manifest["release"]), "variables": str(directory / "variables.json")}
 
 
@@ -237,9 +236,13 @@ def verify(bundle: Path, directory: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         (directory / "manifest.json").write_bytes(content("manifest.json"))
+    for path in (directory, *directory.rglob("*")):
+        archive.flush(path)
     # Last: it says that all is there.
     variables = {name: str(directory / file) for name, file in manifest["variables"].items()}
-    (directory / "variables.json").write_text(json.dumps(variables))
+    partial = directory / "variables.json.partial"
+    partial.write_text(json.dumps(variables))
+    archive.place(partial, directory / "variables.json")
 
 
 def main() -> int:

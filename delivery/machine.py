@@ -7,14 +7,19 @@
     winemon-release status
     winemon-release publish ARCHIVE [--wheels ARCHIVE]... [--sha256 HASH]     in the store of this machine
     winemon-release promote NAME                                             as what a new machine gets
+    winemon-release environment LOCK --wheels ARCHIVE                        for what is not of a release
 
 Each is one transaction of this machine alone, so that whoever asked for it may be gone before it ends.
 Nothing of a release is imported or unpickled before every hash of it is right. It is tried beside the live
 one before `current` names it, and `current` is put back where the service does not come up with it. What an
-interrupted call left is finished or removed by the next one. Exit code 2: bad input; 1: it failed, and what
-was live is live.
+interrupted call left is finished or removed by the next one. Contents are on disk before a name says that
+they are there, so that a power cut leaves what was before or what is new. Exit code 2: bad input; 1: it
+failed, and what was live is live.
 
-Standard library only: it runs on Debian's Python 3.11 and 3.13, as root.
+It runs as root for users who may call it and nothing else: it takes nothing of their environment and working
+directory, and starts no interpreter of an environment that a wheel went into.
+
+Standard library only: it runs on Debian's Python 3.11 and 3.13.
 """
 
 import argparse
@@ -30,6 +35,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -47,6 +53,16 @@ FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 LOCK: Final = "requirements/app.txt"
 NAME: Final = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,199}")
+SYSTEM_PYTHON: Final = "/usr/bin/python3"
+ENVIRONMENT: Final = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C.UTF-8",
+    "PIP_CONFIG_FILE": "/dev/null",
+}
+"""All that this command, and what it starts, has of an environment."""
+INSTALLED: Final = "installed"
+PIN: Final = re.compile(r"[0-9A-Za-z][\w.-]*(\[[\w,.-]+\])?==[\w.!+-]+", re.ASCII)
+HASH: Final = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 NO_ANSWER: Final = "no answer"
 PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
 TOLERANCE: Final = 1e-9
@@ -203,11 +219,11 @@ def children(pid: int) -> set[int]:
     found = set[int]()
     if pid == 0:
         return found
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # The name before it is in parentheses, and may have any character in it.
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.add(int(stat.parent.name))
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.add(int(path.parent.name))
     return found
 
 
@@ -252,14 +268,50 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def flush(path: Path) -> None:
+    """Have a file's content, or the names in a directory, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_all(directory: Path) -> None:
+    """Have a directory, and all that is below it, on disk."""
+    for path in (directory, *directory.rglob("*")):
+        if not path.is_symlink():
+            flush(path)
+
+
 def write(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, following no link."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    with os.fdopen(descriptor, "w") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    flush(path.parent)
+
+
+def copy(source: Path, target: Path) -> Path:
+    """Copy a plain file, whole or not at all, and return the copy, which is on disk."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        # A pipe or a device would be read for ever.
+        with os.fdopen(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as original:
+            if not stat.S_ISREG(os.fstat(original.fileno()).st_mode):
+                raise InputError(f"{source}: not a plain file")
+            with partial.open("xb") as file:
+                shutil.copyfileobj(original, file)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror}") from error
+    return partial.replace(target)
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -274,8 +326,8 @@ def unpack(archive: Path, target: Path) -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 source = tar.extractfile(member)
                 assert source is not None  # noqa: S101 - of a regular file there is content
-                with file.open("xb") as copy:
-                    shutil.copyfileobj(source, copy)
+                with file.open("xb") as written:
+                    shutil.copyfileobj(source, written)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{archive.name}: cannot be unpacked: {error}") from error
 
@@ -351,22 +403,102 @@ def verified(path: Path) -> Release:
     return Release(path, manifest)
 
 
-def pins(requirements: str) -> set[str]:
+def pins(requirements: str) -> list[str]:
     """Return the words of a lock file, which are versions and hashes, without markers and comments."""
-    return set(re.sub(r"\\$|#.*|;[^\\\n]*", "", requirements, flags=re.MULTILINE).split())
+    return re.sub(r"\\$|#.*|;[^\\\n]*", "", requirements, flags=re.MULTILINE).split()
 
 
-def verify_wheels(directory: Path, lock: str) -> None:
-    """Raise InputError unless an unpacked archive of wheels has what the lock file fixes and nothing else."""
+def verify_wheels(directory: Path, lock: str) -> str:
+    """Return the requirements of an unpacked archive of wheels, as pip is to read them.
+
+    Raises InputError unless it has what the lock file fixes and nothing else. What is returned is made of
+    versions and hashes alone: pip would take options from the file, as one to build what is no wheel.
+    """
     try:
         wanted = pins((directory / "requirements.txt").read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"the wheels have no requirements.txt: {error}") from error
-    if not wanted or not wanted <= pins(lock):
+    if not wanted or not set(wanted) <= set(pins(lock)):
         raise InputError("the wheels are of another lock file than the release")
     for wheel in directory.iterdir():
-        if wheel.name != "requirements.txt" and f"--hash=sha256:{sha256(wheel)}" not in wanted:
+        named = wheel.suffix == ".whl" and wheel.is_file() and f"--hash=sha256:{sha256(wheel)}" in wanted
+        if wheel.name != "requirements.txt" and not named:
             raise InputError(f"{wheel.name}: not a wheel that the lock file names")
+    lines: list[str] = []
+    for word in wanted:
+        if PIN.fullmatch(word):
+            lines.append(word)
+        elif lines and HASH.fullmatch(word):
+            lines[-1] += f" {word}"
+        else:
+            raise InputError(f"the lock file has {word!r}, which is neither a version nor its hash")
+    return "\n".join(lines) + "\n"
+
+
+# --- environments -------------------------------------------------------------------------------------------
+
+
+def fingerprint(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a directory, and where every link leads, by name."""
+    found = {}
+    for path in directory.rglob("*"):
+        if path.is_symlink():
+            found[str(path.relative_to(directory))] = f"-> {path.readlink()}"
+        elif path.is_file():
+            found[str(path.relative_to(directory))] = sha256(path)
+    return found
+
+
+def seal(venv: Path) -> None:
+    """Write down what a virtual environment consists of: without that it counts as not there."""
+    (venv / INSTALLED).write_text(json.dumps(fingerprint(venv)))
+
+
+def is_whole(venv: Path) -> bool:
+    """Return whether a virtual environment is there, and every file of it as it was installed."""
+    try:
+        expected = json.loads((venv / INSTALLED).read_bytes())
+    except (OSError, ValueError):
+        return False
+    found = fingerprint(venv)
+    del found[INSTALLED]
+    return bool(found == expected)
+
+
+def build_environment(venv: Path, wheels: Path, lock: str, room: Path, installer: str | None) -> None:
+    """Install the wheels that a lock file names as the virtual environment `venv`, working in `room`.
+
+    An interpreter runs what wheels leave for it, and pip imports what it finds beside itself. So the one that
+    installs is of an environment of its own, which no wheel goes into, and works as the user `installer`.
+    """
+    sent, tools, new = room / "wheels", room / "tools", room / "new"
+    sent.mkdir()
+    unpack(copy(wheels, room / wheels.name), sent)
+    (sent / "requirements.txt").write_text(verify_wheels(sent, lock))
+    room.chmod(0o711)
+    for place in (tools, new):
+        place.mkdir()
+        if installer:
+            shutil.chown(place, installer, installer)
+    _run(SYSTEM_PYTHON, "-I", "-m", "venv", str(tools), user=installer)
+    _run(SYSTEM_PYTHON, "-I", "-m", "venv", "--without-pip", str(new), user=installer)
+    pip = [str(tools / "bin" / "python"), "-I", "-m", "pip", "--isolated", "--disable-pip-version-check"]
+    only = ["--no-index", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir"]
+    into = [f"--prefix={new}", "--ignore-installed", "--no-warn-script-location"]
+    given = [f"--find-links={sent}", f"--requirement={sent}/requirements.txt"]
+    _run(*pip, "install", *only, *into, *given, user=installer)
+    # Programs name the interpreter that installed them, and `activate` where it was made.
+    names = [str(path) for path in (*(new / "bin").iterdir(), new / "pyvenv.cfg") if not path.is_symlink()]
+    _run("sed", "--in-place", f"s|{tools}/|{venv}/|g; s|{new}|{venv}|g", *names, user=installer)
+    if installer:
+        for path in (new, *new.rglob("*")):
+            os.chown(path, 0, 0, follow_symlinks=False)
+    seal(new)
+    flush_all(new)
+    if venv.exists():
+        venv.rename(room / "old")
+    new.rename(venv)
+    flush(venv.parent)
 
 
 # --- the machine --------------------------------------------------------------------------------------------
@@ -375,7 +507,8 @@ def verify_wheels(directory: Path, lock: str) -> None:
 class Machine:
     """The releases of this machine: `root` holds them, `state` the ledger, `store` what is published here.
 
-    `metrics` is where the node exporter, if there is one, reads what is to be known of the last steps.
+    `metrics` is where the node exporter, if there is one, reads what is to be known of the last steps;
+    `installer` the user who installs wheels, where that is another than who runs this.
     """
 
     def __init__(
@@ -384,11 +517,12 @@ class Machine:
         root: Path = Path("/opt/winemon"),
         state: Path = Path("/var/lib/winemon-release"),
         store: Path = Path("/srv/winemon/releases"),
-        metrics: Path = Path("/var/lib/prometheus/node-exporter"),
+        metrics: Path = Path("/var/lib/node-exporter"),
         *,
+        installer: str | None = None,
         keep: int = 5,
     ) -> None:
-        self.service = service
+        self.service, self.installer = service, installer
         self.releases, self.venvs, self.current = root / "releases", root / "venvs", root / "current"
         self.state, self.store, self.metrics, self.keep = state, store, metrics, keep
         self.ledger, self.pending = state / "ledger.jsonl", state / "pending.json"
@@ -427,7 +561,7 @@ class Machine:
                     yield json.loads(text)
 
     def status(self) -> dict[str, Any]:
-        """Return what is live, whether it is ready, what a rollback leads to, and what is installed."""
+        """Return what is live, whether it is ready, what a rollback leads to, and what is there and whole."""
         live = self.live()
         reason = self._unready() if live else "no release is live"
         places = [working_directory(pid) for pid in children(self.service.master())]
@@ -438,11 +572,17 @@ class Machine:
             "reason": reason,
             "workers": {name: names.count(name) for name in sorted(set(names))},
             "previous": self._previous(),
-            "releases": self.installed(),
-            "environments": sorted(path.parent.name for path in self.venvs.glob("app-*/installed")),
+            "releases": [name for name in self.installed() if self._is_whole(name)],
+            "environments": sorted(path.name for path in self.venvs.glob("[!.]*") if is_whole(path)),
             "python": PYTHON,
             "architecture": platform.machine(),
         }
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            return verified(self.releases / name).name == name
+        except InputError:
+            return False
 
     def _previous(self) -> str | None:
         live = self.live()
@@ -472,10 +612,10 @@ class Machine:
                 raise OperationError(
                     "another winemon-release is at work on this machine; try again when it is done"
                 ) from None
-            for path in (*self.releases.glob(".*"), *self.store.glob(".*")):
+            for path in (*self.releases.glob(".*"), *self.venvs.glob(".*"), *self.store.glob(".*")):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             for path in self.venvs.glob("app-*"):
-                if not (path / "installed").exists():
+                if not (path / INSTALLED).exists():
                     shutil.rmtree(path)
             self._finish_pending()
             yield
@@ -491,10 +631,14 @@ class Machine:
             "why": why,
             "result": result,
         }
-        with self.ledger.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.ledger.open("a+b") as file:
+            # A line that a power cut ended early must not take this one with it.
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                file.write(b"\n")
+            file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        flush(self.state)
         if self.metrics.is_dir():
             write(self.metrics / "winemon-release.prom", self._exposition())
 
@@ -541,9 +685,11 @@ class Machine:
                     return release.name
             self._provide(release, wheels)
             self._link_venv(release)
+            flush_all(release.path)
             if target.exists():  # it is not what it was: damaged files are replaced
                 target.rename(self._away(target))
             release.path.rename(target)
+            flush(self.releases)
             self.record("install", release.name, self.live(), "", "ok")
         return release.name
 
@@ -556,13 +702,11 @@ class Machine:
             unpacked, copies = Path(directory, "release"), Path(directory, "copies")
             unpacked.mkdir()
             copies.mkdir()
-            copy = _copied(archive, copies / archive.name)
-            if expected is not None and sha256(copy) != expected:
-                raise InputError(
-                    f"{archive.name}: SHA-256 {sha256(copy)[:12]}..., expected {expected[:12]}..."
-                )
-            unpack(copy, unpacked)
-            yield verified(unpacked), copy
+            own = copy(archive, copies / archive.name)
+            if expected is not None and sha256(own) != expected:
+                raise InputError(f"{archive.name}: its SHA-256 is not the expected {expected[:12]}...")
+            unpack(own, unpacked)
+            yield verified(unpacked), own
 
     def _link_venv(self, release: Release) -> None:
         link = release.path / "venv"
@@ -576,37 +720,31 @@ class Machine:
         return path.with_name(f".{path.name}.{time.time_ns()}")
 
     def _provide(self, release: Release, wheels: Path | None) -> None:
-        """Create the release's virtual environment from an archive of wheels, unless it is there."""
-        venv = self.venvs / release.venv
-        if (venv / "installed").exists():
+        """Create the release's virtual environment from an archive of wheels, unless it is whole."""
+        if is_whole(self.venvs / release.venv):
             return
         if wheels is None:
             raise InputError(
                 f"{release.name} needs the environment {release.venv}:"
                 f" give --wheels {release.venv}-{platform.machine()}.tar.gz"
             )
-        venv.mkdir(parents=True)
-        try:
-            with tempfile.TemporaryDirectory(prefix=".", dir=self.releases) as directory:
-                unpack(wheels, Path(directory))
-                verify_wheels(Path(directory), (release.path / LOCK).read_text())
-                _run("/usr/bin/python3", "-m", "venv", str(venv))
-                pip = [str(venv / "bin" / "python"), "-m", "pip", "--isolated", "--disable-pip-version-check"]
-                only = [
-                    "--no-index",
-                    "--no-deps",
-                    "--only-binary=:all:",
-                    "--require-hashes",
-                    "--no-cache-dir",
-                ]
-                _run(
-                    *pip, "install", *only, f"--find-links={directory}", "-r", f"{directory}/requirements.txt"
-                )
-        except BaseException:
-            shutil.rmtree(venv)
-            raise
-        # A virtual environment cannot be renamed into place; without this mark it counts as not there.
-        (venv / "installed").touch()
+        self._build(release.venv, wheels, (release.path / LOCK).read_text())
+
+    def _build(self, name: str, wheels: Path, lock: str) -> None:
+        self.venvs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=self.venvs) as directory:
+            build_environment(self.venvs / name, wheels, lock, Path(directory), self.installer)
+
+    def environment(self, lock: Path, wheels: Path) -> str:
+        """Create the virtual environment of a lock file that no release has, and return its name."""
+        with self.transaction(), tempfile.TemporaryDirectory(prefix=".", dir=self.state) as directory:
+            own = copy(lock, Path(directory, lock.name))
+            name = f"{lock.stem}-{sha256(own)[:12]}-py{PYTHON}"
+            if not re.fullmatch(r"[a-z]+-[0-9a-f]{12}-py[0-9.]+", name):
+                raise InputError(f"{lock.name}: not the name of a lock file, as in loadtest.txt")
+            if not is_whole(self.venvs / name):
+                self._build(name, wheels, own.read_text())
+        return name
 
     # -- switch
 
@@ -626,7 +764,7 @@ class Machine:
                     there = ", ".join(self.installed()) or "none"
                     raise InputError(f"{name} is not installed; installed are {there}")
                 release = verified(self.releases / name)
-                if not (release.path / "venv" / "installed").exists():
+                if not (release.path / "venv" / INSTALLED).exists():
                     raise InputError(f"{name}: its environment {release.venv} is gone; install it again")
                 if name == before and self._unready(release) is None:
                     return name
@@ -740,6 +878,7 @@ class Machine:
             back = self._put_back(before) if problem else ""
             self.record(action, release.name, before, why, f"{problem}; {back}" if problem else "ok")
             self.pending.unlink()
+            flush(self.state)
         if problem:
             raise OperationError(f"{release.name}: {problem}; {back}")
 
@@ -747,6 +886,7 @@ class Machine:
         """Make what was live before live again; return how that went."""
         if before is None:
             self.current.unlink()
+            flush(self.current.parent)
             self.service.stop()
             return "no release is live"
         self._point(before)
@@ -759,6 +899,7 @@ class Machine:
         partial.unlink(missing_ok=True)
         partial.symlink_to(self.releases / name)
         partial.replace(self.current)
+        flush(self.current.parent)
 
     def _bring_up(self, release: Release, before: str | None) -> str | None:
         """Have the service serve `current`, and return what is wrong with it then, if anything."""
@@ -822,29 +963,28 @@ class Machine:
         used = {(self.releases / name / "venv").readlink().name for name in self.installed()}
         for path in self.venvs.glob("app-*"):
             if path.name not in used:
-                (path / "installed").unlink()
+                (path / INSTALLED).unlink()
                 shutil.rmtree(path)
 
     # -- the store
 
     def publish(self, archive: Path, wheels: Sequence[Path] = (), expected: str | None = None) -> str:
         """Put a release and its wheels into the store, once and for ever; return its name."""
-        with self.transaction(), self._staged(archive, expected, self.store) as (release, copy):
-            index, digest = self._index(), sha256(copy)
+        with self.transaction(), self._staged(archive, expected, self.store) as (release, own):
+            index, digest = self._index(), sha256(own)
             known = index["releases"].get(release.name)
             if known and known["sha256"] != digest:
                 raise InputError(f"{release.name} was published with another content, and that is for ever")
             for file in wheels:
                 if not re.fullmatch(re.escape(release.lock) + r"-py3\.\d+-\w+\.tar\.gz", file.name):
                     raise InputError(f"{file.name}: not the name of wheels of {release.name}")
-                if not (self.store / file.name).exists():
-                    same = _copied(file, copy.with_name(file.name))
-                    with tempfile.TemporaryDirectory(dir=copy.parent) as directory:
-                        unpack(same, Path(directory))
-                        verify_wheels(Path(directory), (release.path / LOCK).read_text())
-                    same.rename(self.store / file.name)
+                same = copy(file, own.with_name(file.name))
+                with tempfile.TemporaryDirectory(dir=own.parent) as directory:
+                    unpack(same, Path(directory))
+                    verify_wheels(Path(directory), (release.path / LOCK).read_text())
+                self._keep(same, self.store / file.name)
+            target = self._keep(own, self.store / f"winemon-{release.name}.tar.gz")
             if known is None:
-                target = copy.rename(self.store / f"winemon-{release.name}.tar.gz")
                 index["releases"][release.name] = {
                     "archive": target.name,
                     "sha256": digest,
@@ -857,6 +997,14 @@ class Machine:
                 index["live"] = index["live"] or release.name
                 write(self.store / "index.json", json.dumps(index, indent=2) + "\n")
         return release.name
+
+    @staticmethod
+    def _keep(file: Path, target: Path) -> Path:
+        """Put a file that is on disk into the store, also in place of one that is damaged."""
+        if not target.is_file() or sha256(target) != sha256(file):
+            file.rename(target)
+            flush(target.parent)
+        return target
 
     def promote(self, name: str) -> None:
         """Note in the store which release is live, for machines that are new."""
@@ -872,6 +1020,10 @@ class Machine:
             index: dict[str, Any] = json.loads((self.store / "index.json").read_bytes())
         except FileNotFoundError:
             return {"live": None, "releases": {}}
+        except ValueError as error:
+            raise OperationError(
+                f"{self.store}/index.json is damaged ({error}): remove it and publish the releases again"
+            ) from error
         return index
 
 
@@ -886,18 +1038,9 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _copied(source: Path, target: Path) -> Path:
-    """Copy a file, whole or not at all, and return the copy."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        shutil.copyfile(source, partial)
-    except OSError as error:
-        raise InputError(f"{source}: {error.strerror}") from error
-    return partial.replace(target)
-
-
-def _run(*command: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - no shell
+def _run(*command: str, user: str | None = None) -> None:
+    identity: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user else {}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **identity)  # noqa: S603 - no shell
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines()
         raise OperationError(
@@ -926,6 +1069,11 @@ def _worker_count(master: int) -> int:
 # --- the command --------------------------------------------------------------------------------------------
 
 
+def given(text: str) -> Path:
+    """Return the path that the caller means, wherever this command works."""
+    return Path(text).absolute()
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; what is wrong with it is one line, and exit code 2."""
     parser = argparse.ArgumentParser(prog="winemon-release", description="What is live on this machine.")
@@ -935,9 +1083,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("publish", "put one into the store"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("archive", type=Path)
+        command.add_argument("archive", type=given)
         command.add_argument(
-            "--wheels", type=Path, action="append", default=[], help="archive of its libraries"
+            "--wheels", type=given, action="append", default=[], help="archive of its libraries"
         )
         command.add_argument("--sha256", help="what the archive's SHA-256 has to be")
     command = commands.add_parser("switch", help="make an installed release live")
@@ -949,13 +1097,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands.add_parser("status", help="what is live, as JSON")
     command = commands.add_parser("promote", help="note in the store what a new machine is to get")
     command.add_argument("name")
+    command = commands.add_parser("environment", help="make the virtual environment of a lock file")
+    command.add_argument("lock", type=given)
+    command.add_argument("--wheels", type=given, required=True, help="archive of its libraries")
     return parser.parse_args(arguments)
+
+
+def leave_caller() -> None:
+    """Let nothing of the caller's environment and working directory have a say in what root does."""
+    caller = os.environ.get("SUDO_USER")
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT | ({"SUDO_USER": caller} if caller else {}))
+    os.chdir("/")
+    os.umask(0o022)
 
 
 def main(arguments: Sequence[str], machine: Machine) -> int:
     """Run the command; return its exit code."""
     options = parse(arguments)
-    os.umask(0o022)
+    leave_caller()
     # A terminal that is closed, or a connection that is lost, ends nothing half way.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -966,6 +1126,8 @@ def main(arguments: Sequence[str], machine: Machine) -> int:
                 answer = f"{machine.switch(options.name, options.why, options.command)} is live"
             case "publish":
                 answer = f"{machine.publish(options.archive, options.wheels, options.sha256)} is published"
+            case "environment":
+                answer = f"{machine.environment(options.lock, options.wheels)} is there"
             case "promote":
                 machine.promote(options.name)
                 answer = f"{options.name} is what a new machine gets"
@@ -988,4 +1150,4 @@ def tell(stream: IO[str], text: str) -> None:
 if __name__ == "__main__":
     if os.geteuid() != 0:
         sys.exit("winemon-release: run it as root, with sudo")
-    sys.exit(main(sys.argv[1:], Machine(Service())))
+    sys.exit(main(sys.argv[1:], Machine(Service(), installer="winemon-install")))

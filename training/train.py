@@ -182,8 +182,11 @@ def code_version() -> str:
     """Return what git calls the checkout, or the project's version where there is none."""
     # Naming the repository keeps git from describing one that this directory happens to lie in.
     command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always", "--dirty"]
+    # A hook's environment names another index.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603 (fixed)
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)  # noqa: S603 (fixed)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return project_version()
 
@@ -193,6 +196,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def flush(path: Path) -> None:
+    """Have a file's content, or the names in a directory, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def publish(new: Path, output: Path) -> None:
     """Put the complete set of files in `new` in place of the old one in `output`, on the same file system.
 
@@ -200,16 +212,18 @@ def publish(new: Path, output: Path) -> None:
     power cut, is told by the manifest: it comes last and vouches for the other files.
     """
     compiled = [COMPILED_FILE] if (new / COMPILED_FILE).exists() else []
-    names = (*ARTIFACT_FILES, *compiled, MANIFEST_FILE)
-    for name in names:
-        with (new / name).open("rb") as file:
-            os.fsync(file.fileno())
+    names = (*ARTIFACT_FILES, *compiled)
+    for name in (*names, MANIFEST_FILE):
+        flush(new / name)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         for name in names:
             (new / name).replace(output / name)
         if not compiled:
             (output / COMPILED_FILE).unlink(missing_ok=True)
+        flush(output)
+        (new / MANIFEST_FILE).replace(output / MANIFEST_FILE)
+        flush(output)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 

@@ -247,6 +247,7 @@ def replace(file: str, old: str, new: str) -> Edit:
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Edit], Path]:
     """Return what builds a release of this code and these artifacts after an edit."""
+    subprocess.run(["make", "--silent", "artifacts/manifest.json"], cwd=ROOT, check=True)
     base = tmp_path_factory.mktemp("checkouts") / "base"
     for folder in ("app", "requirements", "artifacts"):
         shutil.copytree(ROOT / folder, base / folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -55,16 +56,20 @@ SELFTEST = "import sys; from pathlib import Path; assert Path(sys.argv[1], 'mani
 LOCK = "winestub==1.0 \\\n    --hash=sha256:{digest}\n"
 
 
-def wheel(path: Path, content: str = "") -> Path:
-    """Write a wheel of one empty module."""
+def wheel(path: Path, content: str = "# nothing\n", **more: str) -> Path:
+    """Write a wheel of one module that has a program, and of more files."""
+    info = "winestub-1.0.dist-info"
+    files = {
+        "winestub.py": content,
+        **more,
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: winestub\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": "[console_scripts]\nwinestub = sys:exit\n",
+    }
     with zipfile.ZipFile(path / "winestub-1.0-py3-none-any.whl", "w") as file:
-        file.writestr("winestub.py", content)
-        info = "winestub-1.0.dist-info"
-        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: winestub\nVersion: 1.0\n")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        file.writestr(
-            f"{info}/RECORD", f"winestub.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n"
-        )
+        for name, text in files.items():
+            file.writestr(name, text)
+        file.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"]))
     return path / "winestub-1.0-py3-none-any.whl"
 
 
@@ -166,7 +171,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     venv.mkdir(parents=True)
     for name in ("bin", "lib", "pyvenv.cfg"):
         (venv / name).symlink_to(Path(sys.prefix) / name)
-    (venv / "installed").touch()
+    machine.seal(venv)
     yield here
     here.service.stop()
     here.service.listener.close()  # type: ignore[attr-defined]  # of Processes
@@ -271,7 +276,7 @@ def test_links_and_wrong_hashes_and_other_files_are_refused(
         tar.addfile(link)
     with pytest.raises(InputError, match="'app' is not a plain file"):
         here.install(tmp_path / "link.tar.gz")
-    with pytest.raises(InputError, match=r"winemon-x\.tar\.gz: SHA-256 .*, expected 000000000000"):
+    with pytest.raises(InputError, match=r"winemon-x\.tar\.gz: its SHA-256 is not the expected 000000000000"):
         here.install(pack(contents("1")), expected="0" * 64)
     (tmp_path / "text").write_text("no archive")
     with pytest.raises(InputError, match="text: cannot be unpacked"):
@@ -306,9 +311,145 @@ def test_an_environment_is_made_from_wheels_that_the_lock_file_names(
 
     wheels = pack({good.name: good.read_bytes(), "requirements.txt": lock.encode()}, "w")
     assert here.install(built, wheels) == "1"
-    python = here.releases / "1" / "venv" / "bin" / "python"
-    subprocess.run([python, "-c", "import winestub"], check=True)
+    programs = here.releases / "1" / "venv" / "bin"
+    subprocess.run([programs / "python", "-c", "import winestub"], check=True)
+    subprocess.run([programs / "winestub"], check=True)
+    (activated,) = subprocess.check_output(
+        ["/bin/sh", "-c", f". {programs}/activate; echo $VIRTUAL_ENV"], text=True
+    ).splitlines()
+    assert Path(activated) == (here.releases / "1" / "venv").resolve()
     assert len(here.status()["environments"]) == 2
+
+
+def emptied(venv: Path) -> None:
+    for path in venv.rglob("*.py*"):
+        path.write_bytes(b"")
+
+
+def stale(venv: Path) -> None:
+    next(venv.rglob("winestub*.pyc")).write_bytes(b"")
+
+
+def strange(venv: Path) -> None:
+    next(venv.rglob("winestub.py")).with_name("more.pth").write_text("import antigravity\n")
+
+
+def older(venv: Path) -> None:
+    (venv / "installed").write_bytes(b"")
+
+
+def elsewhere(venv: Path) -> None:
+    (venv / "bin" / "python").unlink()
+    (venv / "bin" / "python").symlink_to("/bin/false")
+
+
+@pytest.mark.parametrize("damage", [emptied, stale, strange, older, elsewhere])
+def test_a_damaged_environment_does_not_count_and_installing_again_mends_it(
+    here: Machine, pack: Callable[..., Path], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    good = wheel(tmp_path)
+    lock = LOCK.format(digest=archive.sha256(good))
+    built = pack(contents("1", **{"requirements/app.txt": lock}))
+    wheels = pack({good.name: good.read_bytes(), "requirements.txt": lock.encode()}, "w")
+    here.install(built, wheels)
+    venv = (here.releases / "1" / "venv").resolve()
+    assert venv.name in here.status()["environments"]
+    damage(venv)
+    assert venv.name not in here.status()["environments"]
+    with pytest.raises(InputError, match="give --wheels"):
+        here.install(built)
+    here.install(built, wheels)
+    assert venv.name in here.status()["environments"]
+    subprocess.run([venv / "bin" / "winestub"], check=True)
+
+
+def test_an_environment_that_no_release_has_is_made_for_its_lock_file(
+    here: Machine, pack: Callable[..., Path], tmp_path: Path
+) -> None:
+    good = wheel(tmp_path)
+    lock = tmp_path / "loadtest.txt"
+    lock.write_text(LOCK.format(digest=archive.sha256(good)))
+    wheels = pack({good.name: good.read_bytes(), "requirements.txt": lock.read_bytes()}, "w")
+    name = f"loadtest-{archive.sha256(lock)[:12]}-py{machine.PYTHON}"
+    for _ in range(2):
+        assert here.environment(lock, wheels) == name
+    assert name in here.status()["environments"]
+    subprocess.run([here.venvs / name / "bin" / "winestub"], check=True)
+    with pytest.raises(InputError, match=r"Lock: not the name of a lock file"):
+        here.environment(lock.rename(tmp_path / "Lock"), wheels)
+
+
+@pytest.mark.parametrize(
+    "option", ["\n--no-binary=:all:\n", " ; python_version > '3' --no-binary=:all:\n", "\n-e /somewhere\n"]
+)
+def test_what_is_no_wheel_is_not_built(
+    here: Machine, pack: Callable[..., Path], tmp_path: Path, option: str
+) -> None:
+    good = wheel(tmp_path)
+    setup = f"open({str(tmp_path / 'ran')!r}, 'w')\n".encode()
+    source = pack({"evil-1.0/setup.py": setup, "evil-1.0/PKG-INFO": b"Name: evil\n"}, "evil-1.0.tar.gz")
+    lock = f"evil==1.0 --hash=sha256:{archive.sha256(source)}{option}"
+    built = pack(contents("1", **{"requirements/app.txt": lock}))
+    with pytest.raises(InputError, match=r"evil-1\.0\.tar\.gz: not a wheel"):
+        here.install(built, pack({source.name: source.read_bytes(), "requirements.txt": lock.encode()}, "w"))
+    lock = LOCK.format(digest=archive.sha256(good)).rstrip() + option
+    built = pack(contents("2", **{"requirements/app.txt": lock}))
+    wheels = pack({good.name: good.read_bytes(), "requirements.txt": lock.encode()}, "w")
+    if ";" in option:
+        assert here.install(built, wheels) == "2", "what follows a marker is left out"
+    else:
+        with pytest.raises(InputError, match="neither a version nor its hash"):
+            here.install(built, wheels)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_of_who_calls_it_and_of_the_wheels_is_run(
+    here: Machine, pack: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    ran.mkdir()
+    tells = f"import os\nopen(os.path.join({str(ran)!r}, __name__), 'w').close()\n"
+    modules = ("venv", "pip", "json", "sitecustomize", "usercustomize", "ensurepip", "tempfile", "encodings")
+    pth = tells.replace("\n", ";").replace("__name__", "'pth'")
+    good = wheel(
+        tmp_path,
+        **{"stub.pth": f"{pth}\n", "pip/__init__.py": tells, "pip/_internal/__init__.py": tells},
+        **{f"{name}.py": tells for name in modules if name not in ("pip", "encodings")},
+        **{"winestub-1.0.data/scripts/python": f"#!/bin/sh\ntouch {ran}/python\n"},
+    )
+    lock = LOCK.format(digest=archive.sha256(good))
+    built = pack(contents("1", **{"requirements/app.txt": lock}))
+    wheels = pack({good.name: good.read_bytes(), "requirements.txt": lock.encode()}, "w.tar.gz")
+    hostile = tmp_path / "hostile"
+    hostile.mkdir()
+    for name in modules:
+        (hostile / f"{name}.py").write_text(tells)
+    for name in ("sync", "python3", "python", "systemctl", "systemd-run", "env"):
+        (hostile / name).write_text(f"#!/bin/sh\ntouch {ran}/{name}\n")
+        (hostile / name).chmod(0o755)
+    (hostile / "pip.conf").write_text(f"[install]\ntarget = {tmp_path}/target\n")
+    for name, value in {
+        "PATH": f"{hostile}:{os.environ['PATH']}",
+        "PYTHONPATH": str(hostile),
+        "PYTHONUSERBASE": str(hostile),
+        "PYTHONSTARTUP": str(hostile / "json.py"),
+        "TMPDIR": str(hostile),
+        "HOME": str(hostile),
+        "PIP_CONFIG_FILE": str(hostile / "pip.conf"),
+        "PIP_TARGET": str(tmp_path / "target"),
+        "PIP_REQUIRE_VIRTUALENV": "nonsense",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(hostile)
+    with mock.patch.dict(os.environ):
+        (hostile / built.name).symlink_to(built)
+        assert machine.main(["install", built.name, f"--wheels={wheels}"], here) == 0
+    assert sorted(path.name for path in ran.iterdir()) == []
+    assert not (tmp_path / "target").exists()
+    assert (here.releases / "1" / "venv" / "lib").is_dir()
+    with mock.patch.dict(os.environ):
+        assert machine.main(["install", "/dev/zero"], here) == 2
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # --- switch
@@ -476,7 +617,7 @@ def test_only_so_many_releases_are_kept_and_environments_that_are_used(
     here.keep = 2
     unused = here.venvs / "app-000000000000-py3.13"
     unused.mkdir()
-    (unused / "installed").touch()
+    machine.seal(unused)
     others = here.venvs / "loadtest-000000000000-py3.13"
     others.mkdir()
     for version in ("1", "2", "never", "4"):
@@ -525,15 +666,71 @@ def test_a_published_release_is_for_ever(here: Machine, pack: Callable[..., Path
     )
 
 
+def test_publishing_again_replaces_what_is_damaged_in_the_store(
+    here: Machine, pack: Callable[..., Path], tmp_path: Path
+) -> None:
+    good = wheel(tmp_path)
+    lock = LOCK.format(digest=archive.sha256(good))
+    wheels = pack(
+        {good.name: good.read_bytes(), "requirements.txt": lock.encode()},
+        f"app-{archive.digest(lock.encode())[:12]}-py3.13-x86_64.tar.gz",
+    )
+    built = pack(contents("1", **{"requirements/app.txt": lock}))
+    here.publish(built, [wheels])
+    for name in ("winemon-1.tar.gz", wheels.name):
+        (here.store / name).write_bytes(b"")
+        here.publish(built, [wheels])
+    assert archive.sha256(here.store / "winemon-1.tar.gz") == archive.sha256(built)
+    assert archive.sha256(here.store / wheels.name) == archive.sha256(wheels)
+    (here.store / "index.json").write_bytes(b"")
+    with pytest.raises(OperationError, match=r"index\.json is damaged .*: remove it and publish"):
+        here.publish(built, [wheels])
+
+
+# --- files
+
+
+def test_a_line_of_the_ledger_that_a_power_cut_ended_early_takes_no_other_with_it(
+    here: Machine, pack: Callable[..., Path]
+) -> None:
+    here.install(pack(contents("1")))
+    with here.ledger.open("a") as ledger:
+        ledger.write('{"time": "2026-')
+    here.install(pack(contents("2")))
+    assert [line["to"] for line in here._ledger()] == ["1", "2"]
+
+
+def test_a_file_is_written_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    for name in ("x.prom", ".x.prom.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "kept")
+    machine.write(tmp_path / "x.prom", "told")
+    assert (tmp_path / "kept").read_text() == "mine"
+    assert not (tmp_path / "x.prom").is_symlink()
+    assert (tmp_path / "x.prom").read_text() == "told"
+
+
+def test_only_a_plain_file_is_copied(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(InputError, match=f"^{path}: "):
+            machine.copy(path, tmp_path / "copy")
+
+
 # --- the command
 
 
 def test_the_command_answers_in_one_line_and_by_its_exit_code(
-    here: Machine, pack: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    here: Machine,
+    pack: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run(*arguments: str) -> tuple[int, str, str]:
         return machine.main(arguments, here), *capsys.readouterr()
 
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(machine, "leave_caller", lambda: None)
     built = str(pack(contents("1")))
     assert run("install", built) == (0, "1\n", "")
     assert run("switch", "1", "--why", "first") == (0, "1 is live\n", "")
@@ -592,7 +789,7 @@ def test_a_lock_file_is_read_without_markers_and_comments() -> None:
         'a==1 ; python_version < "3.13" \\\n    --hash=sha256:00 \\\n    --hash=sha256:11\n'
         "    # via b\nb==2 \\\n    --hash=sha256:22\n"
     )
-    assert machine.pins(lock) == {"a==1", "b==2", "--hash=sha256:00", "--hash=sha256:11", "--hash=sha256:22"}
+    assert machine.pins(lock) == ["a==1", "--hash=sha256:00", "--hash=sha256:11", "b==2", "--hash=sha256:22"]
 
 
 def test_the_last_words_are_those_that_say_what_was_wrong() -> None:

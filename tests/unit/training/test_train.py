@@ -242,5 +242,8 @@ def test_code_version_is_gits_or_the_projects(monkeypatch: pytest.MonkeyPatch, t
     subprocess.run([*git, "commit", "--quiet", "--message", "a"], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
     assert commit.startswith(command.code_version())
+    with monkeypatch.context() as hook:
+        hook.setenv("GIT_INDEX_FILE", str(tmp_path / "another"))
+        assert commit.startswith(command.code_version())
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "9.8.8"\n')
     assert command.code_version().endswith("-dirty")
