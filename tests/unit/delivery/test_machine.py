@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import signal
@@ -506,7 +507,7 @@ def test_the_node_exporter_is_told_of_the_last_step_of_each_kind(
     assert time.time() - told()["switch", "1", "ok"] < 60
     with pytest.raises(InputError):
         here.switch('"no\\such"\n')
-    assert told().keys() == {("install", "1", "ok"), ("switch", '"no\\such"\n', "failed")}
+    assert told().keys() == {("install", "1", "ok"), ("switch", "", "failed")}
 
 
 @pytest.mark.parametrize(
@@ -572,6 +573,70 @@ def test_what_is_not_installed_cannot_be_live(here: Machine, pack: Callable[...,
 
 class PowerCut(BaseException):
     """Ends a call where nothing can be done about it."""
+
+
+PLACED = ("rename", "replace", "symlink", "unlink", "remove")
+
+
+def test_whenever_it_is_killed_what_is_live_can_start(
+    here: Machine, pack: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Install what is live again, damaged, and be killed before each change of a name in turn."""
+
+    def installed(*command: str, **_: Any) -> None:
+        if "--prefix" in " ".join(command):
+            new = next(Path(word.partition("=")[2]) for word in command if word.startswith("--prefix="))
+            (new / "bin").mkdir(exist_ok=True)
+            (new / "bin" / "python").symlink_to(sys.executable)
+            (new / "pyvenv.cfg").touch()
+
+    monkeypatch.setattr(machine, "_run", installed)
+    good = wheel(tmp_path)
+    lock = LOCK.format(digest=archive.sha256(good))
+    built = pack(contents("1", **{"requirements/app.txt": lock}))
+    wheels = pack({good.name: good.read_bytes(), "requirements.txt": lock.encode()}, "w")
+    here.install(built, wheels)
+    here._point("1")
+    program = here.current / "venv" / "bin" / "python"
+    venv = program.parent.parent.resolve()
+    other_way = tmp_path / "other way"
+    other_way.symlink_to(venv)
+    kept: dict[str, Any] = {name: getattr(os, name) for name in PLACED}
+
+    def killed_at(last: int) -> bool:
+        steps = itertools.count(1)
+
+        def step(name: str) -> Callable[..., Any]:
+            def change(*arguments: Any, **options: Any) -> Any:
+                if next(steps) == last:
+                    raise PowerCut
+                done = kept[name](*arguments, **options)
+                assert program.exists(), f"after {name} {arguments}"
+                assert (here.current / "manifest.json").exists(), f"after {name} {arguments}"
+                return done
+
+            return change
+
+        with monkeypatch.context() as patch:
+            for name in PLACED:
+                patch.setattr(os, name, step(name))
+            try:
+                here.install(built, wheels)
+            except PowerCut:
+                return True
+        return False
+
+    for last in itertools.count(1):
+        (venv / "installed").write_bytes(b"")
+        (here.releases / "1" / "app" / "main.py").write_bytes(b"")
+        (here.releases / "1" / "venv").unlink()
+        (here.releases / "1" / "venv").symlink_to(other_way)
+        if not killed_at(last):
+            break
+        assert program.exists()
+        assert (here.current / "manifest.json").exists()
+    assert last > 5
+    assert here.status()["releases"] == ["1"]
 
 
 @pytest.mark.parametrize(("method", "live"), [("_point", "1"), ("_bring_up", "2")])
