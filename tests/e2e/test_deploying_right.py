@@ -77,7 +77,9 @@ def send(site: Site, build: Callable[[Edit], Path], tmp_path: Path) -> Send:
         wheel = tmp_path / "evil-1.0-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as file:
             for name, text in {**files, **more}.items():
-                file.writestr(name, text)
+                member = zipfile.ZipInfo(name)
+                member.external_attr = 0o100755 << 16
+                file.writestr(member, text)
             names = [*files, *more, f"{INFO}/RECORD"]
             file.writestr(f"{INFO}/RECORD", "".join(f"{name},,\n" for name in names))
         lock = f"evil==1.0 \\\n    --hash=sha256:{archive.sha256(wheel)}\n"
@@ -133,7 +135,7 @@ def test_nothing_of_the_callers_and_of_the_wheels_is_run_by_root(
     site.run(
         f"/opt/winemon/releases/{name}/venv/bin/python3.* -c ''; cd {HOME}; ./sync; python3 -c 'import venv'"
     )
-    assert {"0-program-sync", "0-module-venv", "0-pth"} <= set(as_root(site)), as_root(site)
+    assert {"0-program-sync", "0-module-venv", "0-script"} <= set(as_root(site)), as_root(site)
     site.run(f"rm {RAN}/0-*")
 
 
