@@ -13,17 +13,16 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import ROOT, Edit, Site, replace
+from tests.e2e.machines import MACHINE, MACHINES
+from tests.e2e.releases import HEALTH, STORE, Build, index, replace, status
+from tests.e2e.site import Site
 
-STORE: Final = "/srv/winemon/releases"
-HEALTH: Final = 'return Liveness(status="ok")'
 SHUTDOWN: Final = 0x8004587D
 """EXT4_IOC_SHUTDOWN of Linux' fs/ext4/ext4.h."""
 WITHOUT_LOG: Final = struct.pack("I", 2)
@@ -49,21 +48,26 @@ def output(*command: str | Path) -> str:
 
 
 class Disk:
-    """The disk of a machine: a file with a file system, mounted where the machine's overlay is."""
+    """The disk of a machine: a file with a file system, mounted where the machine's overlay is.
 
-    def __init__(self, site: Site, image: Path) -> None:
-        self.site, self.image, self.kept = site, image, image.with_suffix(".kept")
-        self.directory = ROOT / ".machines" / site.name
-        self.base = ROOT / ".machines" / f"debian-{os.environ.get('DEBIAN', '13')}"
+    It has what the machine writes; what the machine has from its layers was on disk before.
+    """
+
+    def __init__(self, site: Site, image: Path, layers: str) -> None:
+        self.site, self.image, self.layers, self.kept = site, image, layers, image.with_suffix(".kept")
+        self.directory = MACHINES / site.name
 
     def call(self, verb: str, *more: str | Path) -> None:
         """Start or stop the machine."""
-        command = [ROOT / "ansible/files/machine", verb, self.site.name, self.directory, *more]
+        command = [MACHINE, verb, self.site.name, self.directory, *more]
         subprocess.run(command, check=True)
 
     def insert(self) -> None:
         """Move the machine, which is provisioned, to a disk of its own, and keep a copy of that."""
         self.call("stop")
+        # Other machines, which may start meanwhile, are told when the disk is removed.
+        subprocess.run(["mount", "--bind", self.directory, self.directory], check=True)
+        subprocess.run(["mount", "--make-shared", self.directory], check=True)
         with self.image.open("wb") as file:
             file.truncate(16 << 30)
         subprocess.run(["mkfs.ext4", "-q", "-F", self.image], check=True)
@@ -81,7 +85,7 @@ class Disk:
 
     def restore(self) -> None:
         """Have the disk as it was at first, whatever became of it."""
-        if self.directory.is_mount():
+        if str(self.image) in output("losetup", "--all"):
             self.cut()
         subprocess.run(["cp", "--sparse=always", self.kept, self.image], check=True)
         self.boot()
@@ -89,7 +93,7 @@ class Disk:
     def boot(self) -> None:
         """Start the machine and wait until its user can log in."""
         subprocess.run(["mount", "-o", "loop", self.image, self.directory], check=True)
-        self.call("start", self.base, self.site.bridge)
+        self.call("start", self.layers, self.site.bridge)
         deadline = time.monotonic() + 60
         while self.site.ssh("true").returncode:
             assert time.monotonic() < deadline, "it does not boot"
@@ -125,21 +129,20 @@ class Disk:
 class Mains:
     """The machine on its disk, and releases for it."""
 
-    def __init__(self, site: Site, disk: Disk, build: Callable[[Edit], Path]) -> None:
+    def __init__(self, site: Site, disk: Disk, build: Build) -> None:
         self.site, self.disk, self.build = site, disk, build
-        status = self.status()
-        self.suffix = f"py{status['python']}-{status['architecture']}.tar.gz"
-        self.wheels = f"{STORE}/{status['environments'][0]}-{status['architecture']}.tar.gz"
+        now = self.status()
+        self.suffix = f"py{now['python']}-{now['architecture']}.tar.gz"
+        (environment,) = [name for name in now["environments"] if name.startswith("app-")]
+        self.wheels = f"{STORE}/{environment}-{now['architecture']}.tar.gz"
 
     def status(self) -> dict[str, Any]:
         """Return what winemon-release says of the machine."""
-        found: dict[str, Any] = json.loads(self.site.run("winemon-release status"))
-        return found
+        return status(self.site)
 
     def index(self) -> dict[str, Any]:
         """Return the index of the store."""
-        found: dict[str, Any] = json.loads(self.site.run(f"cat {STORE}/index.json"))
-        return found
+        return index(self.site)
 
     def sums(self, *files: str) -> list[str]:
         """Return the SHA-256 of files of the machine."""

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Site
+from tests.e2e.site import Site
 
 Labels = dict[str, str]
 

@@ -12,7 +12,7 @@ import pytest
 
 from dashboards.__main__ import OUTPUT
 from dashboards.queries import PanelQuery, other_expressions, panel_queries
-from tests.e2e.conftest import BUILD, Site
+from tests.e2e.site import Site
 
 DASHBOARDS = sorted(path for path in OUTPUT.glob("*.json") if path.stem != "winemon-jenkins")
 PATIENCE = 240
@@ -56,7 +56,7 @@ def test_every_query_of_a_dashboard_returns_data(
         assert time.monotonic() < deadline, "nothing for\n" + "\n".join(map(str, missing))
         counts |= {query: series(loaded, query) for query in missing}
         time.sleep(1)
-    report = BUILD / f"{path.stem}.txt"
+    report = loaded.build / f"{path.stem}.txt"
     report.write_text(
         "".join(
             f"{counts[query]:4} series  {query.panel}: {' '.join(query.expr.split())}\n" for query in queries

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from delivery import archive
-from tests.e2e.conftest import Edit, Site
+from tests.e2e.releases import Build
+from tests.e2e.site import Site
 
 HOME = "/home/someone"
 RAN = "/var/tmp/ran"  # noqa: S108 - of a throw-away machine
@@ -37,8 +38,6 @@ def tells(what: str) -> str:
 @pytest.fixture(scope="module")
 def someone(site: Site) -> Iterator[str]:
     """Make a user with that one right, and lay down what it would like root to run."""
-    if site.ssh("systemctl --quiet is-active winemon-api").returncode:
-        site.play("site.yml")
     right = "someone ALL=(root) NOPASSWD: /usr/local/sbin/winemon-release"
     site.run(f"useradd --create-home someone && mkdir --mode=1777 {RAN}")
     site.run(f"echo '{right}' >/etc/sudoers.d/someone && chmod 440 /etc/sudoers.d/someone")
@@ -60,7 +59,7 @@ Send = Callable[[dict[str, str]], str]
 
 
 @pytest.fixture
-def send(site: Site, build: Callable[[Edit], Path], tmp_path: Path) -> Send:
+def send(site: Site, build: Build, tmp_path: Path) -> Send:
     """Return what sends a release with its own lock file, and a wheel that would run in every interpreter."""
     files = {
         "evil.pth": tells("pth") + "\n",

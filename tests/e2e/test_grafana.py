@@ -1,6 +1,6 @@
-"""The story of Grafana: out of reach, left out, installed, provisioned again, attacked, upgraded, gone back.
+"""Grafana: out of reach, left out, installed, provisioned again, attacked, upgraded, gone back.
 
-Where its maker's repository cannot be reached, this is told of a stand-in: tests/e2e/grafana/server.py.
+Where its maker's repository cannot be reached, a stand-in takes its place: tests/e2e/grafana/server.py.
 """
 
 import functools
@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import BUILD, ROOT, Site
 from tests.e2e.grafana.package import VERSION, archive, package, real_one_answers, repository
+from tests.e2e.site import ROOT, Site
 
 ONLY = "tests/e2e/grafana/only.yml"
 SHIPPED = {path.stem: path for path in (ROOT / "roles/grafana/files/dashboards").glob("*.json")}
@@ -136,7 +136,7 @@ def test_another_password_converges_and_so_does_the_way_back(site: Site) -> None
     assert get(site, "/api/user", before).status_code == 401
     assert site.changed(site.play(ONLY)) > 0
     assert get(site, "/api/user", before).status_code == 200
-    logs = "".join(log.read_text() for log in BUILD.glob("*.log")) + site.run("journalctl --no-pager")
+    logs = "".join(log.read_text() for log in site.build.glob("*.log")) + site.run("journalctl --no-pager")
     assert before not in logs
 
 

@@ -1,6 +1,6 @@
-"""The story of Jenkins: watched, attacked, pushed to, restarted with care, left out, installed again.
+"""Jenkins: watched, attacked, pushed to, restarted with care, left out, installed again.
 
-Where its maker's repository cannot be reached, this is told of a stand-in: tests/e2e/jenkins/server.py.
+Where its maker's repository cannot be reached, a stand-in takes its place: tests/e2e/jenkins/server.py.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import BUILD, ROOT, Site
 from tests.e2e.jenkins.package import VERSION, package, plugins, real_one_answers
+from tests.e2e.site import ROOT, Site
 
 ONLY = "tests/e2e/jenkins/only.yml"
 REPOSITORY = "/srv/git/winemon.git"
@@ -23,9 +23,8 @@ NOWHERE = ["-e", "jenkins_package=", "-e", "jenkins_repository=https://jenkins.i
 
 @pytest.fixture(scope="module", autouse=True)
 def provisioned(site: Site) -> None:
-    """Provision the machine where no other story has."""
-    inactive = site.ssh("systemctl --quiet is-active jenkins").returncode
-    if inactive and "where Jenkins comes" in site.play("site.yml"):
+    """Leave this out where Jenkins was left out."""
+    if site.ssh("systemctl --quiet is-active jenkins").returncode:
         pytest.skip("Debian 12 gets its Java from a repository that cannot be reached from here")
 
 
@@ -84,7 +83,7 @@ def test_prometheus_watches_it(site: Site) -> None:
 
 
 def test_nobody_gets_in_and_who_reads_metrics_reads_nothing_else(site: Site) -> None:
-    metrics = "prometheus", (BUILD / "secrets/jenkins.metrics").read_text().strip()
+    metrics = "prometheus", (site.secrets / "jenkins.metrics").read_text().strip()
     assert get(site, "/login").status_code == 200
     assert get(site, "/api/json").status_code == 403
     assert get(site, "/api/json", "admin", "admin").status_code == 401
@@ -105,9 +104,9 @@ def test_it_runs_as_its_own_user_in_our_sandbox_and_keeps_its_passwords_to_itsel
         f"cat /proc/{number}/environ | tr '\\0' '\\n'; journalctl --no-pager; systemctl show jenkins;"
         " cat /etc/winemon/jenkins/*.yaml /etc/winemon/jenkins/*.groovy"
     )
-    seen += "".join(log.read_text() for log in BUILD.glob("*.log"))
+    seen += "".join(log.read_text() for log in site.build.glob("*.log"))
     for name in ("jenkins", "jenkins.metrics"):
-        assert (BUILD / "secrets" / name).read_text().strip() not in seen
+        assert (site.secrets / name).read_text().strip() not in seen
     readable = site.run(
         "find /etc/winemon/jenkins /var/lib/jenkins /srv/git -type f -perm /o=r -not -path '*/hooks/*'"
     )

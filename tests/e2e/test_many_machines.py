@@ -1,4 +1,4 @@
-"""The story of five machines: two APIs behind a load balancer, one that watches, one that loads.
+"""Five machines: two APIs behind a load balancer, one that watches, one that loads.
 
 Locust's second worker runs on the machine that watches, apart from its master.
 """
@@ -17,8 +17,10 @@ import pytest
 
 from dashboards.__main__ import OUTPUT
 from dashboards.queries import panel_queries
-from tests.e2e.conftest import ROOT, Edit, Site, machines, replace
 from tests.e2e.load import Load
+from tests.e2e.machines import machines, new_site
+from tests.e2e.releases import HEALTH, Build, publish, replace, status
+from tests.e2e.site import ROOT, Site
 
 BUILD = ROOT / "build" / "e2e-many"
 INVENTORY = Path(__file__).parent / "many"
@@ -31,7 +33,8 @@ PATIENCE = 90
 
 @pytest.fixture(scope="module")
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
-    with machines(request.session, INVENTORY, BUILD) as site:
+    site = new_site(INVENTORY, BUILD)
+    with machines(request.session, site):
         yield site
 
 
@@ -59,7 +62,7 @@ def both_up(site: Site) -> None:
 
 
 def note(text: str) -> None:
-    with (BUILD / "stories.log").open("a") as file:
+    with (BUILD / "notes.log").open("a") as file:
         file.write(text + "\n")
 
 
@@ -196,21 +199,16 @@ def test_a_killed_api_fails_no_request(site: Site, load: Load) -> None:
 
 
 def test_a_release_is_deployed_on_one_after_the_other_and_fails_no_request(
-    site: Site, load: Load, build: Callable[[Edit], Path]
+    site: Site, load: Load, build: Build
 ) -> None:
-    health = 'return Liveness(status="ok")'
-    built = build(replace("app/main.py", health, health.replace("ok", "rolled out")))
-    name = built.name.removeprefix("winemon-").removesuffix(".tar.gz")
-    python = json.loads(site.run("winemon-release status"))["python"]
-    pythons = json.dumps({"winemon_api_pythons": [python]})
-    site.play("ansible/publish.yml", "-e", f"release={built}", "-e", pythons)
+    name = publish(site, build(replace("app/main.py", HEALTH, HEALTH.replace("ok", "rolled out"))))
     before = load.served()
     since = site.run("date +%s", on=BALANCER)
     start = time.monotonic()
     site.play("ansible/deploy.yml")
     seconds = time.monotonic() - start
     for machine in APIS:
-        assert json.loads(site.run("winemon-release status", on=machine))["live"] == name
+        assert status(site, on=machine)["live"] == name
         url = f"http://{site.addresses[machine]}:5000/healthcheck"
         assert site.client.get(url).json() == {"status": "rolled out"}
     log = site.run(f"journalctl --no-pager --output=cat --since=@{since} -u haproxy", on=BALANCER)
@@ -343,55 +341,3 @@ def test_the_load_was_a_load(load: Load) -> None:
     served = load.served()
     assert served > 2000
     note(f"{served} requests in all, 0 failed")
-
-
-STORE_PORT = 9099
-START_STORE = f"""
-systemd-run --quiet --collect --unit=other-store --property=User=prometheus \\
-  --property=StateDirectory=other-store /usr/bin/prometheus --config.file=/tmp/other-store.yml \\
-  --storage.tsdb.path=/var/lib/other-store --web.listen-address=:{STORE_PORT} \\
-  --web.enable-remote-write-receiver --web.config.file=/etc/prometheus/web.yml
-"""
-"""A second Prometheus, that scrapes nothing and takes what is sent by who knows the password."""
-
-
-def test_another_store_gets_every_sample_through_an_outage(site: Site) -> None:
-    user, password = site.secret("prometheus")
-    site.run("echo 'global: {}' >/tmp/other-store.yml", on=WATCHER)
-    site.run(START_STORE, on=WATCHER)
-    address = site.at("monitoring")
-    play, variables = BUILD / "prometheus.yml", BUILD / "remote-write.json"
-    play.write_text("- {hosts: monitoring, become: true, roles: [prometheus]}\n")
-    url = f"http://{address}:{STORE_PORT}/api/v1/write"
-    store = {"name": "other", "url": url, "username": user, "password": password}
-    labels = {"prometheus": "{{ inventory_hostname }}"}
-    variables.write_text(
-        json.dumps({"prometheus_remote_write": [store], "prometheus_external_labels": labels})
-    )
-    assert site.changed(site.play(str(play), "-e", f"@{variables}")) > 0
-    assert site.changed(site.play(str(play), "-e", f"@{variables}")) == 0
-    variables.unlink()  # as it has a password
-
-    def samples(port: int, moment: float) -> dict[str, list[Any]]:
-        """Return the moments and values of a minute and a half, by machine."""
-        answer = site.client.get(
-            f"http://{address}:{port}/api/v1/query",
-            params={"query": 'node_time_seconds{job="node"}[90s]', "time": moment},
-            auth=(user, password),
-        ).raise_for_status()
-        return {row["metric"]["instance"]: row["values"] for row in answer.json()["data"]["result"]}
-
-    until(lambda: samples(STORE_PORT, time.time()).keys() == site.addresses.keys(), "samples arrive")
-    began = time.time()
-    time.sleep(10)
-    site.run("systemctl stop other-store", on=WATCHER)
-    time.sleep(40)
-    site.run(START_STORE, on=WATCHER)
-    moment = began + 90
-    time.sleep(max(0, moment - time.time()))
-    here = samples(9090, moment)
-    assert all(len(values) >= 15 for values in here.values()), "every five seconds"
-    seconds = until(lambda: samples(STORE_PORT, moment) == here, "what was missed arrives")
-    assert password not in site.run("cat /etc/prometheus/prometheus.yml", on=WATCHER)
-    sent = sum(map(len, here.values()))
-    note(f"another store, away for 40 s, has all {sent} samples {seconds:.0f} s after the minute and a half")

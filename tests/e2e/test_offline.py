@@ -1,6 +1,6 @@
-"""The story of a machine that reaches this computer alone, with the older Debian.
+"""A machine with the older Debian that reaches this computer alone.
 
-What it needs comes from a bundle, later through a proxy. The other stories are told on the newer Debian.
+What it needs comes from a bundle, later through a proxy. Most other scenarios have the newer Debian.
 """
 
 import json
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import company
-from tests.e2e.conftest import ROOT, Site, machines
 from tests.e2e.grafana import package as grafana
+from tests.e2e.machines import machines, new_site
+from tests.e2e.site import ROOT, Site
 
 INVENTORY = Path(__file__).parent / "apart"
 BASE = str(Path(__file__).parent / "company" / "base.yml")
@@ -21,8 +22,8 @@ GATEWAY = "10.213.3.1"
 @pytest.fixture(scope="module")
 def apart(request: pytest.FixtureRequest) -> Iterator[Site]:
     """Build the machine, bare."""
-    options = ("-e", "winemon_machine_debian=12", "-e", "winemon_machine_isolated=true")
-    with machines(request.session, INVENTORY, ROOT / "build" / "apart", *options) as site:
+    site = new_site(INVENTORY, ROOT / "build" / "apart")
+    with machines(request.session, site, "-e", "winemon_machine_isolated=true", debian="12"):
         yield site
 
 

@@ -7,18 +7,21 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from delivery import archive
-from tests.e2e.conftest import ROOT, Edit, machines
-from tests.e2e.mains import STORE, Disk, Mains
+from tests.e2e.machines import DEBIAN, MACHINES, machines, new_site, provisioned
+from tests.e2e.mains import Disk, Mains
+from tests.e2e.releases import STORE, Build, name
+from tests.e2e.site import ROOT
 
 INVENTORY = Path(__file__).parent / "power"
 BUILD = ROOT / "build" / "power"
+OTHERS = "prometheus prometheus-alertmanager grafana-server jenkins winemon-locust winemon-locust-worker@1"
 
 
 class Operation:
@@ -29,7 +32,7 @@ class Operation:
     def __init__(self, mains: Mains) -> None:
         self.mains = mains
         self.built = mains.release(other_libraries=self.other_libraries)
-        self.name = self.built.name.removeprefix("winemon-").removesuffix(".tar.gz")
+        self.name = name(self.built)
         self.sent, self.wheels = mains.send(self.built)
         self.prepare()
 
@@ -179,17 +182,17 @@ class Provision(Operation):
 
 
 @pytest.fixture(scope="module")
-def mains(request: pytest.FixtureRequest, build: Callable[[Edit], Path]) -> Iterator[Mains]:
-    """Provision a machine and put it on its disk."""
-    with machines(request.session, INVENTORY, BUILD) as site:
+def mains(request: pytest.FixtureRequest, build: Build) -> Iterator[Mains]:
+    """Put what a machine writes on a disk of its own; of its services, those of other groups are off."""
+    layer = provisioned(request.session)
+    site = new_site(INVENTORY, BUILD)
+    with machines(request.session, site, layer=layer):
+        site.run(f"for unit in {OTHERS}; do systemctl disable --now $unit || true; done")
+        site.run("rm -r /opt/winemon/venvs/loadtest-*")
         site.play("site.yml")
-        disk = Disk(site, BUILD / "disk.img")
+        disk = Disk(site, BUILD / "disk.img", f"{layer / 'upper'}:{MACHINES / f'debian-{DEBIAN}'}")
         disk.insert()
-        try:
-            yield Mains(site, disk, build)
-        finally:
-            disk.call("stop")
-            disk.remove()
+        yield Mains(site, disk, build)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +249,8 @@ def test_nothing_that_was_done_is_lost_and_the_rest_heals(
         operation.heal()
         operation.require()
         mains.wait_for_right_answers()
+        if kind is Install:  # each environment makes each look at the machine longer
+            mains.disk.restore()
     except BaseException as error:
         moment += f"; LOST: {str(error)[:200]!r}"
         mains.disk.restore()
@@ -260,7 +265,7 @@ def test_plays_heal_what_a_power_cut_left_empty_under_an_older_version(mains: Ma
     built = site.log("release", ["make", "--silent", "release"]).splitlines()[-1]
     pythons = json.dumps({"winemon_api_pythons": [mains.status()["python"]]})
     publish = ("ansible/publish.yml", "-e", f"release={ROOT / built}", "-e", pythons)
-    deploy = ("ansible/deploy.yml", "-e", f"release={Path(built).name[8:-7]}")
+    deploy = ("ansible/deploy.yml", "-e", f"release={name(Path(built))}")
     site.play(*publish)
     site.play(*deploy)
     site.run("for file in $(find -L /opt/winemon/current/ -type f -not -path '*/bin/*'); do : >$file; done")

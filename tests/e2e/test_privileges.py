@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from tests.e2e.conftest import Site
+from tests.e2e.site import Site
 
 USERS = "prometheus grafana jenkins git winemon winemon-deploy haproxy nobody"
 TEXTS = ("/var/lib/node-exporter", "/var/lib/prometheus/node-exporter")
@@ -53,13 +53,6 @@ def swap(site: Site, user: str, path: str) -> bool:
     """Put a link in the place of a file or directory as a user; return whether that went."""
     attack = f"mv -T {path} {path}.moved && ln -s {PLANTED} {path}"
     return site.ssh(f"sudo runuser -u {user} -- sh -c {shlex.quote(attack)}").returncode == 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def provisioned(site: Site) -> None:
-    """Provision the machine where no other test has."""
-    if site.ssh("systemctl --quiet is-active winemon-api").returncode:
-        site.play("site.yml")
 
 
 @pytest.fixture

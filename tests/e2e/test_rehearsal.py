@@ -1,10 +1,9 @@
 """The rehearsal: what the tutorial types and pushes goes through the Jenkinsfile as Jenkins would run it.
 
 Two things are shorter, and each transcript says so: of `make check` the unit tests are left out, as they take
-longer than all else here, and after the first story the linters too; and load tests end after some seconds.
+longer than all else here, and after the first build the linters too; and load tests end after some seconds.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -16,10 +15,12 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from tests.e2e.conftest import BUILD, INVENTORY, ROOT, Site
+from tests.e2e.checkout import clone, git
 from tests.e2e.jenkins.build import Build
 from tests.e2e.jenkins.pipeline import Stage, load
-from tests.e2e.test_releases import STORE, ledger, status
+from tests.e2e.machines import BUILD, INVENTORY
+from tests.e2e.releases import STORE, index, ledger, status
+from tests.e2e.site import ROOT, Site
 from tests.e2e.test_tutorial import FENCE, pattern
 
 PAGE: Final = ROOT / "docs/tutorial/2-jenkins-delivery.md"
@@ -27,14 +28,9 @@ SECTIONS: Final = {
     part.partition("\n")[0]: FENCE.findall(part)
     for part in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
 }
-LOGS: Final = BUILD / "rehearsal"
+LOGS: Final = BUILD / "rehearsal" / "builds"
 SHORT: Final = {"USERS": "50", "SECONDS": "15"}
 AS_GIT: Final = "runuser -u git -- git --git-dir=/srv/git/winemon.git"
-
-
-def git(directory: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(directory), "-c", "user.name=tester", "-c", "user.email=tester@localhost"]
-    return subprocess.run([*command, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
 class Person:
@@ -42,15 +38,8 @@ class Person:
 
     def __init__(self, site: Site, checkout: Path) -> None:
         self.site = site
-        self.checkout = checkout
+        self.checkout = clone(checkout)
         self.builds = 0
-        git(ROOT, "clone", "--quiet", "--shared", str(ROOT), str(checkout))
-        # With what is not committed: that is what the other tests test, too.
-        git(checkout, "switch", "--quiet", "--force-create=main", git(ROOT, "stash", "create") or "HEAD")
-        # The environments of this checkout are there, and newer than the lock files: none is built anew.
-        (checkout / ".venv").symlink_to(ROOT / ".venv")
-        for lock in checkout.glob("requirements/*.txt"):
-            os.utime(lock, (0, 0))
         for name in ("user.name", "user.email"):
             git(checkout, "config", name, "tester@localhost")
         self.log = LOGS / "typed.log"
@@ -99,10 +88,7 @@ class Person:
 @pytest.fixture(scope="module")
 def person(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Person]:
     """Take Jenkins' place, which would build the same in the same workspace, until the end."""
-    installed = "sudo test -e /etc/winemon/jenkins/jobs.groovy -a -e /opt/winemon/current"
-    if site.ssh(installed).returncode:
-        site.play("site.yml")
-    if site.ssh(installed).returncode:
+    if site.ssh("systemctl --quiet is-active jenkins").returncode:
         pytest.skip("there is no Jenkins on this machine, nor a stand-in")
     LOGS.mkdir()
     site.run("systemctl stop jenkins")
@@ -136,9 +122,8 @@ def serving(site: Site) -> dict[str, Any]:
     while set((now := status(site))["workers"]) != {now["live"]}:  # those of before take their time to leave
         assert time.monotonic() < deadline, now
         time.sleep(0.5)
-    index = json.loads(site.run(f"cat {STORE}/index.json"))
     assert now["ready"], now
-    return {"live": now["live"], "workers": now["workers"], "new machines": index["live"]}
+    return {"live": now["live"], "workers": now["workers"], "new machines": index(site)["live"]}
 
 
 def trees(site: Site) -> set[int]:

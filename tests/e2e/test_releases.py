@@ -1,4 +1,4 @@
-"""The story of releases under load: deployed, broken, rolled back, and never a failed request."""
+"""Releases under load: deployed, broken, rolled back, and never a failed request."""
 
 import contextlib
 import hashlib
@@ -9,49 +9,20 @@ import signal
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from delivery import archive
-from tests.e2e.conftest import BUILD, INVENTORY, ROOT, Edit, Site, replace
 from tests.e2e.load import USERS, Load
+from tests.e2e.machines import INVENTORY
+from tests.e2e.releases import HEALTH, STORE, Build, Edit, index, ledger, name, publish, replace, send, status
+from tests.e2e.site import ROOT, Site
 
-STORE = "/srv/winemon/releases"
-HEALTH = 'return Liveness(status="ok")'
 SAYS_WHO = 'import os; return Liveness(status=f"changed {os.getpid()}")'
-
-
-def name(built: Path) -> str:
-    return built.name.removeprefix("winemon-").removesuffix(".tar.gz")
-
-
-def send(site: Site, file: Path) -> str:
-    """Copy a file to the machine, as its user may, and return where it is there."""
-    target = f"/var/tmp/{file.name}"  # noqa: S108 - of a throw-away machine
-    command = ["ssh", "-F", str(site.ssh_config), site.name, f"cat >{target}"]
-    subprocess.run(command, input=file.read_bytes(), check=True)
-    return target
-
-
-def status(site: Site) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(site.run("winemon-release status"))
-    return found
-
-
-def ledger(site: Site) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in site.run("cat /var/lib/winemon-release/ledger.jsonl").splitlines()]
-
-
-def publish(site: Site, built: Path) -> str:
-    """Publish a release as `make publish` does and return its name."""
-    pythons = json.dumps({"winemon_api_pythons": [status(site)["python"]]})
-    site.play("ansible/publish.yml", "-e", f"release={built}", "-e", pythons)
-    return name(built)
 
 
 def timed(site: Site, playbook: str, *options: str) -> float:
@@ -61,7 +32,7 @@ def timed(site: Site, playbook: str, *options: str) -> float:
     line = ledger(site)[-1]
     assert line["result"] == "ok"
     seconds = datetime.fromisoformat(line["time"]).timestamp() - start
-    with (BUILD / "deployments.log").open("a") as file:
+    with (site.build / "deployments.log").open("a") as file:
         file.write(f"{line['action']} {line['from']} -> {line['to']}: {seconds:.1f} s\n")
     return seconds
 
@@ -84,8 +55,6 @@ def refused(site: Site, command: str, why: str) -> None:
 
 @pytest.fixture(scope="module")
 def load(site: Site) -> Iterator[Load]:
-    if site.ssh("test -e /opt/winemon/current").returncode:
-        site.play("site.yml")
     load = Load(site, site.api(""))
     load.start()
     yield load
@@ -94,7 +63,7 @@ def load(site: Site) -> Iterator[Load]:
 
 @pytest.fixture(autouse=True)
 def _no_request_fails(load: Load) -> Iterator[None]:
-    """Hold every story to it: requests before, meanwhile and after, and none that failed."""
+    """Hold every test to it: requests before, meanwhile and after, and none that failed."""
     before = load.served()
     yield
     time.sleep(3)  # Locust's worker reports every three seconds
@@ -102,7 +71,7 @@ def _no_request_fails(load: Load) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(build: Callable[[Edit], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build a release of a model that was trained on fewer wines."""
     directory = tmp_path_factory.mktemp("model")
     header, *rows = (ROOT / "training" / "data" / "winequality-red.csv").read_text().splitlines(keepends=True)
@@ -135,9 +104,7 @@ def test_a_model_is_deployed(site: Site, model: Path) -> None:
     assert line["why"] == "a better model"
 
 
-def test_one_changed_line_is_deployed_and_read_from_every_worker(
-    site: Site, build: Callable[[Edit], Path]
-) -> None:
+def test_one_changed_line_is_deployed_and_read_from_every_worker(site: Site, build: Build) -> None:
     published = publish(site, build(replace("app/main.py", HEALTH, SAYS_WHO)))
     timed(site, "ansible/deploy.yml", "-e", f"release={published}")
     master = site.run("systemctl show --property=MainPID --value winemon-api")
@@ -158,7 +125,7 @@ def test_a_rollback_brings_back_what_was_live_before(site: Site, model: Path) ->
     assert site.client.get(site.api("/healthcheck")).json() == {"status": "ok"}
 
 
-def test_broken_releases_are_refused(site: Site, build: Callable[[Edit], Path], tmp_path: Path) -> None:
+def test_broken_releases_are_refused(site: Site, build: Build, tmp_path: Path) -> None:
     good = build(replace("app/main.py", HEALTH, HEALTH + "  # the same"))
     with tarfile.open(good) as tar:
         files: dict[str, Path | bytes] = {
@@ -194,16 +161,14 @@ READY = "return JSONResponse(readiness.model_dump(), 200 if readiness.ready else
     ],
     ids=["import error", "failing self-test", "never ready"],
 )
-def test_releases_that_do_not_work_never_get_live(
-    site: Site, build: Callable[[Edit], Path], edit: Edit, why: str
-) -> None:
+def test_releases_that_do_not_work_never_get_live(site: Site, build: Build, edit: Edit, why: str) -> None:
     broken = send(site, build(edit))
     assert site.ssh(f"sudo winemon-release install {broken}").returncode == 0
     refused(site, f"switch {name(Path(broken))} --why test", why)
 
 
 def test_a_controller_that_is_lost_right_after_the_switch_leaves_it_finished(
-    site: Site, build: Callable[[Edit], Path]
+    site: Site, build: Build
 ) -> None:
     published = publish(site, build(replace("app/main.py", HEALTH, HEALTH.replace("ok", "fine"))))
     play = subprocess.Popen(
@@ -225,9 +190,7 @@ def test_a_controller_that_is_lost_right_after_the_switch_leaves_it_finished(
     assert site.client.get(site.api("/healthcheck")).json() == {"status": "fine"}
 
 
-def test_other_libraries_restart_the_service_behind_its_socket(
-    site: Site, build: Callable[[Edit], Path]
-) -> None:
+def test_other_libraries_restart_the_service_behind_its_socket(site: Site, build: Build) -> None:
     built = build(replace("requirements/app.txt", "#    make lock\n", "#    make lock (again)\n"))
     before = status(site)
     (venv,) = [name for name in before["environments"] if name.startswith("app-")]
@@ -248,11 +211,10 @@ def test_site_leaves_the_version_to_deployment(site: Site) -> None:
     live = status(site)["live"]
     assert site.changed(site.play("site.yml")) == 0
     assert status(site)["live"] == live
-    index = json.loads(site.run(f"cat {STORE}/index.json"))
-    assert index["live"] == live, "what a new machine gets"
+    assert index(site)["live"] == live, "what a new machine gets"
 
 
-def test_the_load_was_a_load(load: Load) -> None:
+def test_the_load_was_a_load(site: Site, load: Load) -> None:
     assert load.served() > 1000
-    with (BUILD / "deployments.log").open("a") as file:
+    with (site.build / "deployments.log").open("a") as file:
         file.write(f"{load.served()} requests of {USERS} users, 0 failed\n")

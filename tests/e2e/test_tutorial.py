@@ -3,13 +3,14 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 
 import pytest
 
-from tests.e2e.conftest import BUILD, INVENTORY, ROOT, Site
+from tests.e2e.checkout import clone
+from tests.e2e.machines import INVENTORY
+from tests.e2e.site import ROOT, Site
 
 TUTORIAL = ROOT / "docs/tutorial/1-model-monitoring.md"
 FENCE = re.compile(r"^```sh\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -18,19 +19,18 @@ END = "=== end of block"
 
 
 @pytest.fixture(scope="module")
-def transcript(site: Site) -> list[str]:  # noqa: ARG001 - the machine that INVENTORY names
+def transcript(site: Site, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Run every block; return what each of those printed that did not fail."""
-    script, log, artifacts = BUILD / "tutorial.sh", BUILD / "tutorial.log", BUILD / "artifacts"
+    script, log = site.build / "tutorial.sh", site.build / "tutorial.log"
     marked = [
         f"{commands}printf '\\n%s\\n' '{END} {number}'\n" for number, (commands, _) in enumerate(BLOCKS)
     ]
     script.write_text("".join(["set -euo pipefail\n", *marked]))
-    # The tutorial trains; what the owner of this checkout trained last is kept.
-    kept = shutil.copytree(ROOT / "artifacts", artifacts, dirs_exist_ok=True)
+    checkout = clone(tmp_path_factory.mktemp("tutorial") / "winemon")
     with log.open("w") as file:
         shell = subprocess.Popen(
             ["bash", script],
-            cwd=ROOT,
+            cwd=checkout,
             env=os.environ
             | {"INVENTORY": str(INVENTORY), "ANSIBLE_INVENTORY": str(INVENTORY), "no_proxy": "*"},
             stdout=file,
@@ -42,7 +42,6 @@ def transcript(site: Site) -> list[str]:  # noqa: ARG001 - the machine that INVE
         finally:
             with contextlib.suppress(ProcessLookupError):  # unless it failed half-way, nothing is left
                 os.killpg(shell.pid, signal.SIGTERM)
-            shutil.copytree(kept, ROOT / "artifacts", dirs_exist_ok=True)
     return re.split(rf"\n{END} \d+\n", log.read_text(), flags=re.MULTILINE)
 
 

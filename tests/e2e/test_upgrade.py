@@ -1,4 +1,4 @@
-"""The story of a machine with Debian 12 that the version before this one provisioned: forth, and back."""
+"""A machine with Debian 12 that the version before this one provisioned: forth, and back."""
 
 import re
 import shlex
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from app.schemas import EXAMPLE
-from tests.e2e.conftest import ROOT, Site, machines
+from tests.e2e.machines import machines, new_site
+from tests.e2e.site import ROOT, Site
 
 INVENTORY = Path(__file__).parent / "upgrade"
 BEFORE_TAGS = "b23b576"  # as long as no version has a tag
@@ -22,8 +23,8 @@ def elder(request: pytest.FixtureRequest) -> Iterator[Site]:
     """Build the machine, bare."""
     if git(ROOT, "rev-parse", "--is-shallow-repository") == "true":
         pytest.skip("this clone has no other version: git fetch --unshallow")
-    options = ("-e", "winemon_machine_debian=12")
-    with machines(request.session, INVENTORY, ROOT / "build" / "upgrade", *options) as site:
+    site = new_site(INVENTORY, ROOT / "build" / "upgrade")
+    with machines(request.session, site, debian="12"):
         # Passwords are beside it.
         site.inventory = Path(shutil.copytree(INVENTORY, site.build / "inventory"))
         yield site

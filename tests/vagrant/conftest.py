@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.conftest import ROOT, Site
 from tests.e2e.grafana import package as grafana
+from tests.e2e.site import ROOT, Site
 
 BUILD = ROOT / "build" / "vagrant"
 CLONE = BUILD / "winemon-test"

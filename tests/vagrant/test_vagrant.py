@@ -1,4 +1,4 @@
-"""The story of a VM: up from a fresh clone, used, run again, reloaded, destroyed."""
+"""The VM scenario: up from a fresh clone, used, run again, reloaded, destroyed."""
 
 import subprocess
 
@@ -6,11 +6,13 @@ from tests.e2e.test_one_machine import (  # noqa: F401
     test_a_model_that_was_tampered_with_is_refused_and_said,
     test_a_prediction_is_what_training_said_and_names_its_model,
     test_bad_input_gets_422_with_the_fields_name,
-    test_consoles_ask_for_their_generated_password,
     test_every_request_is_counted_once_even_when_a_worker_is_killed,
+    test_secrets_are_nobody_elses_business,
+)
+from tests.e2e.test_security import (  # noqa: F401
+    test_consoles_ask_for_their_generated_password,
     test_firewalls_of_others_are_left_alone,
     test_our_units_are_hardened,
-    test_secrets_are_nobody_elses_business,
     test_services_run_as_users_without_rights,
 )
 from tests.vagrant.conftest import CLONE, VM

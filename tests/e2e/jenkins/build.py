@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import yaml
 
 from delivery.machine import transient_properties
-from tests.e2e.conftest import Site
 from tests.e2e.jenkins.pipeline import Call, Stage, read
+from tests.e2e.site import Site
 
 HOME: Final = "/var/lib/jenkins"
 WORKSPACE: Final = f"{HOME}/workspace/winemon"

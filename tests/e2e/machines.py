@@ -1,0 +1,199 @@
+"""Throw-away machines, bare or on a layer that has all of winemon; removed at the end, whatever happened."""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.e2e.grafana import package as grafana
+from tests.e2e.jenkins import package as jenkins
+from tests.e2e.site import ROOT, Site
+
+INVENTORY: Final = Path(__file__).parent / "inventory"
+"""The inventory of one machine, which most scenarios use."""
+BUILD: Final = ROOT / "build" / "e2e"
+MACHINES: Final = ROOT / ".machines"
+MACHINE: Final = ROOT / "ansible" / "files" / "machine"
+DEBIAN: Final = os.environ.get("DEBIAN", "13")
+SOURCES: Final = (
+    *("ansible", "ansible.cfg", "app", "delivery", "loadtest", "pyproject.toml", "requirements", "roles"),
+    *("site.yml", "training", "tests/e2e/grafana", "tests/e2e/inventory", "tests/e2e/jenkins"),
+)
+"""What a provisioned machine is made from."""
+UNITS: Final = (
+    "winemon-api",
+    "haproxy",
+    "winemon-locust",
+    "winemon-locust-worker@1",
+    "prometheus",
+    "grafana-server",
+    "winemon-firewall",
+    "jenkins",
+)
+
+
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Keep other processes of these tests out meanwhile: scenarios run side by side."""
+    MACHINES.mkdir(exist_ok=True)
+    with (MACHINES / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def left_behind(site: Site) -> dict[str, list[str]]:
+    """Return what is on this computer of the machines of a site: links, mounts, rules, processes."""
+    names = "|".join([site.bridge, *site.addresses])
+
+    def ours(*command: str) -> list[str]:
+        output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        return [line for line in output.splitlines() if re.search(names, line)]
+
+    found = {
+        "interfaces": ours("ip", "-brief", "link"),
+        "mounts": ours("cat", "/proc/mounts"),
+        "nftables": ours("nft", "list", "tables"),
+        "network namespaces": ours("ip", "netns", "list"),
+        "processes": ours("pgrep", "--list-full", "--full", "systemd-nspawn|files/machine"),
+        "files": [str(path) for name in site.addresses for path in MACHINES.glob(f"{name}*")],
+    }
+    return {place: lines for place, lines in found.items() if lines}
+
+
+def start(site: Site, debian: str, *options: str, layer: Path | None = None) -> None:
+    """Start the machines of a site, bare or on a layer; those on a layer have started all their services."""
+    options = ("-e", f"winemon_machine_debian={debian}", *options)
+    if layer:
+        options += ("-e", f"winemon_machine_layer={layer / 'upper'}")
+        for name in site.addresses:  # what was provisioned knows its host key
+            shutil.copytree(layer / "upper/etc/ssh", MACHINES / name / "upper/etc/ssh", dirs_exist_ok=True)
+    # Ansible's list of known hosts is one file.
+    with locked("machines"):
+        site.play("ansible/machine.yml", *options)
+    if layer:
+        shutil.copytree(layer / "secrets", site.secrets, dirs_exist_ok=True)
+        for name in site.addresses:
+            state = site.ssh("systemctl is-system-running --wait", on=name).stdout.strip()
+            assert state == "running", site.ssh("systemctl --failed", on=name).stdout
+
+
+def stop(site: Site) -> None:
+    """Stop the machines of a site and remove them, with the disks of those that have one."""
+    for directory in (MACHINES / name for name in site.addresses):
+        if directory.is_mount():
+            subprocess.run([MACHINE, "stop", directory.name, directory], check=True)
+        while directory.is_mount():
+            subprocess.run(["umount", "--lazy", directory], check=True)
+    with locked("machines"):
+        site.play("ansible/machine.yml", "-e", "winemon_machine_state=absent")
+
+
+@contextlib.contextmanager
+def machines(
+    session: pytest.Session, site: Site, *options: str, debian: str = DEBIAN, layer: Path | None = None
+) -> Iterator[None]:
+    """Have the machines of a site, and remove them at the end, whatever happens."""
+    if os.geteuid() != 0:
+        pytest.fail("Machines are built as root: run `sudo make test`.")
+    loaded = MACHINES / f"{site.inventory.name}-loaded"  # that `make up` has loaded them once
+    loaded.unlink(missing_ok=True)
+    if left_behind(site):  # by a run that was killed
+        stop(site)
+    failed = session.testsfailed
+    try:
+        start(site, debian, *options, layer=layer)
+        assert left_behind(site).keys() >= {"interfaces", "nftables", "processes", "files"}, (
+            "it looks in the wrong places"
+        )
+        yield
+        if session.testsfailed > failed:
+            units = " ".join(f"-u {unit}" for unit in UNITS)
+            for name in site.addresses:
+                said = site.ssh(
+                    f"sudo systemctl --failed; sudo journalctl --no-pager -n 200 {units}", on=name
+                )
+                print(name, said.stdout, said.stderr, sep="\n")  # noqa: T201
+    finally:
+        site.client.close()
+        loaded.unlink(missing_ok=True)
+        stop(site)
+    assert left_behind(site) == {}
+
+
+def new_site(inventory: Path, build: Path, secrets: Path | None = None) -> Site:
+    """Return the site of an inventory with an empty directory for its logs."""
+    shutil.rmtree(build, ignore_errors=True)
+    build.mkdir(parents=True)
+    return Site(inventory, build, secrets)
+
+
+def one_machine(scenario: str) -> Site:
+    """Return the site of one machine; its inventory names stand-ins where the real ones cannot be reached."""
+    given, secrets = BUILD / "given", BUILD / "secrets"
+    for place in (given, secrets):
+        shutil.rmtree(place, ignore_errors=True)
+    given.mkdir(parents=True)
+    if not grafana.real_one_answers():
+        grafana.package(grafana.VERSION, given)
+    if not jenkins.real_one_answers():
+        jenkins.package(jenkins.VERSION, given)
+        jenkins.plugins(given)
+    return new_site(INVENTORY, BUILD / scenario, secrets)
+
+
+@functools.cache
+def layer_path() -> Path:
+    """Return where the layer belongs that is made from what is here when the tests begin."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *SOURCES]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    digest = hashlib.sha256()
+    for path in sorted(ROOT / name for name in names if name):
+        if path.is_file():
+            digest.update(
+                f"{path.relative_to(ROOT)} {path.stat().st_mode:o} {path.stat().st_size}\n".encode()
+            )
+            digest.update(path.read_bytes())
+    return MACHINES / "layers" / f"debian-{DEBIAN}-{digest.hexdigest()[:16]}"
+
+
+def keep(site: Site) -> None:
+    """Make a machine that was provisioned the layer of others; it goes on as an overlay of that itself."""
+    path, machine = layer_path(), MACHINES / site.name
+    subprocess.run([MACHINE, "stop", site.name, machine], check=True)
+    partial = path.with_suffix(".partial")
+    for old in (partial, *path.parent.glob(f"debian-{DEBIAN}-*")):
+        shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (machine / "upper").rename(partial / "upper")
+    shutil.rmtree(machine / "work")
+    shutil.copytree(site.secrets, partial / "secrets")
+    os.sync()
+    partial.rename(path)
+    start(site, DEBIAN, layer=path)
+
+
+def provisioned(session: pytest.Session) -> Path:
+    """Return the layer of a machine that has all of winemon; make it where it is missing."""
+    with locked("layer"):
+        path = layer_path()
+        if not path.exists():
+            site = one_machine("layer")
+            with machines(session, site):
+                site.up()
+                keep(site)
+    return path
+
+
+if __name__ == "__main__":  # whatever an interrupted run has left
+    for hosts in INVENTORY.parent.glob("*/hosts.yml"):
+        if left_behind(left := new_site(hosts.parent, BUILD / "left")):
+            stop(left)
