@@ -42,9 +42,9 @@ $(UV): requirements/uv.txt
 	@touch $@
 
 .PHONY: lock
-lock: $(UV) ## renew the hashed lock files under requirements/
+lock: $(UV) ## write the hashed lock files of requirements/*.in; pins move only where they must (UPGRADE=1: all, to the newest)
 	@cd requirements && for use in uv app training loadtest ansible dev; do \
-	  ../$(UV) pip compile $(UV_FLAGS) --upgrade --universal --python-version 3.11 --fork-strategy fewest \
+	  ../$(UV) pip compile $(UV_FLAGS) $(if $(UPGRADE),--upgrade) --universal --python-version 3.11 --fork-strategy fewest \
 	    --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -o $$use.txt $$use.in; done
 
 # --- the model and its release --------------------------------------------------------------------------------------
@@ -148,25 +148,31 @@ jenkins-plugins: ## collect Jenkins' plugins for machines without its update cen
 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
-.PHONY: rules dashboards test check lint test-vagrant
+.PHONY: rules dashboards dev check test test-all lint test-vagrant
 rules: .venv/dev/.synced ## build the committed rules from monitoring/objectives.yml
 	@.venv/dev/bin/python -m monitoring.rules
 
 dashboards: .venv/dev/.synced ## build the committed dashboards from dashboards/ and the numbers of the rules
 	@.venv/dev/bin/python -m dashboards
 
-test: ## everything: lint, unit, rules, end to end on a throw-away machine; prints the time of each stage
-	@tests/run packages lint unit rules e2e
+dev: ## everything that tests and linters need: packages, environments, tools
+	@tests/run packages
 
-test-vagrant: ## the story of a VM: vagrant up, plays, reload, destroy; an hour or more without KVM
+check: ## lint, unit, rules: what needs no machine (CHECK="lint rules" for some of its stages); prints the time of each stage
+	@rm -rf build/check
+	@tests/run $(or $(CHECK),lint unit rules)
+
+test: ## check, then the lifecycle of one throw-away machine
+	@tests/run lint unit rules life
+
+test-all: ## every unit test, with coverage floors, and every scenario (SCENARIO=releases: tests/e2e/test_releases.py alone)
+	@tests/run $(if $(SCENARIO),scenarios,lint thorough rules scenarios)
+
+test-vagrant: ## the VM scenario: vagrant up, plays, reload, destroy; an hour or more without KVM
 	@tests/vagrant/run
 
-check: ## the part of it that needs no machine (CHECK="lint rules" for some of its stages)
-	@rm -rf build/check
-	@tests/run $(or $(CHECK),packages lint unit rules)
-
 lint: ## the linters alone
-	@tests/run packages lint
+	@tests/run lint
 
 # Debian's promtool without its Prometheus, which would start on this computer.
 build/tools/promtool:

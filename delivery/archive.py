@@ -40,7 +40,7 @@ def place(partial: Path, target: Path) -> None:
 def copy(source: Path, target: Path) -> None:
     """Copy a file, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     shutil.copyfile(source, partial)
     place(partial, target)
 
@@ -52,7 +52,7 @@ def write(target: Path, files: Mapping[str, Path | bytes], time: int = 0, compre
     Content that is compressed already, as wheels are, is not worth the time of `compress`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     level = 6 if compress else 0
     with (
         partial.open("wb") as raw,

@@ -18,9 +18,8 @@ REPEATS: Final = 3
 def fit(model: Forest, table: Table) -> tuple[StandardScaler, Forest]:
     """Return a scaler and a clone of `model`, both fitted on `table`."""
     scaler = StandardScaler().fit(table.features)
-    # Each tree has its own seed, so fitting in parallel is safe; predicting in parallel sums in any order.
-    fitted = clone(model).set_params(n_jobs=-1).fit(scaler.transform(table.features), table.quality)
-    return scaler, fitted.set_params(n_jobs=None)
+    # In one thread: scikit-learn's threads disturb one another's warning filters, and gain a fifth at most.
+    return scaler, clone(model).fit(scaler.transform(table.features), table.quality)
 
 
 def predict(scaler: StandardScaler, model: Forest, features: Array) -> Array:

@@ -14,7 +14,7 @@ def git(directory: Path, *arguments: str) -> str:
 
 
 def clone(directory: Path) -> Path:
-    """Clone this checkout with what is not committed, as the branch main, and return where it is.
+    """Clone this checkout, with what is changed in files that git knows, as the branch main; return it.
 
     It has the environments of this one, which are newer than the lock files: none is built anew.
     """

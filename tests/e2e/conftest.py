@@ -11,7 +11,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from delivery import release
-from tests.e2e.machines import machines, one_machine, provisioned
+from tests.e2e.machines import layer_path, machines, one_machine, provisioned
 from tests.e2e.releases import Build, Edit
 from tests.e2e.site import ROOT, Site
 
@@ -31,6 +31,11 @@ class ByMachines(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Choose what runs side by side."""
     return ByMachines(config, log)
+
+
+def pytest_sessionstart() -> None:
+    """Note what the layer is made from before anybody can change that."""
+    layer_path()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -82,6 +83,10 @@ def start(site: Site, debian: str, *options: str, layer: Path | None = None) -> 
     if layer:
         shutil.copytree(layer / "secrets", site.secrets, dirs_exist_ok=True)
         for name in site.addresses:
+            deadline = time.monotonic() + 60
+            while site.ssh("true", on=name).returncode:  # as long as it boots, nobody may log in
+                assert time.monotonic() < deadline, f"{name} lets nobody in"
+                time.sleep(0.5)
             state = site.ssh("systemctl is-system-running --wait", on=name).stdout.strip()
             assert state == "running", site.ssh("systemctl --failed", on=name).stdout
 
@@ -89,10 +94,13 @@ def start(site: Site, debian: str, *options: str, layer: Path | None = None) -> 
 def stop(site: Site) -> None:
     """Stop the machines of a site and remove them, with the disks of those that have one."""
     for directory in (MACHINES / name for name in site.addresses):
-        if directory.is_mount():
+        mounts = Path("/proc/mounts").read_text().count(f" {directory} ")
+        if mounts:
             subprocess.run([MACHINE, "stop", directory.name, directory], check=True)
-        while directory.is_mount():
+        for _ in range(mounts):
             subprocess.run(["umount", "--lazy", directory], check=True)
+    for line in left_behind(site).get("network namespaces", []):
+        subprocess.run(["ip", "netns", "delete", line.split()[0]], check=True)
     with locked("machines"):
         site.play("ansible/machine.yml", "-e", "winemon_machine_state=absent")
 
@@ -183,8 +191,10 @@ def keep(site: Site) -> None:
 
 def provisioned(session: pytest.Session) -> Path:
     """Return the layer of a machine that has all of winemon; make it where it is missing."""
+    path = layer_path()
+    if path.exists():
+        return path
     with locked("layer"):
-        path = layer_path()
         if not path.exists():
             site = one_machine("layer")
             with machines(session, site):
@@ -197,3 +207,5 @@ if __name__ == "__main__":  # whatever an interrupted run has left
     for hosts in INVENTORY.parent.glob("*/hosts.yml"):
         if left_behind(left := new_site(hosts.parent, BUILD / "left")):
             stop(left)
+        assert left_behind(left) == {}
+    shutil.rmtree(BUILD / "left")

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,20 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def until(condition: Callable[[], bool], what: str, seconds: float = 90) -> float:
+    """Return the seconds that a condition took to come true."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() < start + seconds, f"waited {seconds:.0f} s in vain: {what}"
+        time.sleep(0.2)
+    return time.monotonic() - start
+
+
 class Site:
     """The machines of an inventory, as their user sees them: plays, a shell over SSH, and HTTP from here.
 
     `name` and `address` are those of the first one, the only one of most scenarios.
-    Logs are kept in `build`, and passwords are there too where the inventory names no other place.
+    Logs are kept in `build`, and passwords are taken from `secrets`, which is `build/secrets` unless given.
     """
 
     user = "debian"

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import copytree
@@ -19,7 +19,7 @@ import yaml
 from app.contract import FEATURE_NAMES, TARGET
 from monitoring import rules
 from tests.e2e.load import WINES
-from tests.e2e.site import Site
+from tests.e2e.site import Site, until
 
 LIMITS = rules.read().drift
 WINDOW, FOR = "15s", 6
@@ -188,14 +188,6 @@ def settle(site: Site, sender: Sender) -> dict[str, float]:
         time.sleep(1)
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.5)
-
-
 def since(site: Site, state: str) -> dict[str, float]:
     """Return when Prometheus first had each feature's alert in a state within the last minute."""
     series = site.query(f'ALERTS{{alertname="FeatureDrift", alertstate="{state}", window="{WINDOW}"}}[1m]')
@@ -245,7 +237,7 @@ def test_shifted_wines_drift_in_exactly_what_was_shifted_until_they_end(
     found = settle(site, sender)
     assert {name for name in FEATURE_NAMES if found[name] > LIMITS.feature_psi} == features
 
-    until(lambda: receiver.told("firing", "FeatureDrift").keys() == features)
+    until(lambda: receiver.told("firing", "FeatureDrift").keys() == features, "drift is told")
     pending, firing = since(site, "pending"), since(site, "firing")
     assert all(firing[name] - pending[name] >= FOR for name in features)
     for name, alert in receiver.told("firing", "FeatureDrift").items():
@@ -255,9 +247,9 @@ def test_shifted_wines_drift_in_exactly_what_was_shifted_until_they_end(
             f"The values of {name} of the last {WINDOW} have a PSI of "
         )
     predictions = {TARGET} if found[TARGET] > LIMITS.prediction_psi else set()
-    until(lambda: receiver.told("firing", "PredictionDrift").keys() == predictions)
+    until(lambda: receiver.told("firing", "PredictionDrift").keys() == predictions, "of predictions too")
     # Values beyond the training range have the same cause, and it has been told.
     assert receiver.told("firing", "FeatureOutOfRange") == {}
 
     sender.wines = WINES
-    until(lambda: receiver.told("resolved", "FeatureDrift").keys() == features)
+    until(lambda: receiver.told("resolved", "FeatureDrift").keys() == features, "its end is told")

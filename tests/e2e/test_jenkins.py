@@ -123,13 +123,14 @@ def test_a_push_is_built_within_a_minute(site: Site, tmp_path: Path) -> None:
             [*command, *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    # The first build is that of what this checkout filled the repository with.
-    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "code"], check=True)
-    await_build(site, git("rev-parse", "HEAD"), 65)
-    git("commit", "--quiet", "--allow-empty", "--message", "Change nothing")
     machines = ROOT / ".machines"
     key = f"ssh -i {machines}/id_ed25519 -o IdentitiesOnly=yes -o UserKnownHostsFile={machines}/known_hosts"
     url = f"ssh://git@{site.address}{REPOSITORY}"
+    as_git = ["git", "-c", f"core.sshCommand={key}"]
+    subprocess.run([*as_git, "clone", "--quiet", "--branch=main", url, tmp_path / "code"], check=True)
+    # The first build is that of what the role filled the repository with.
+    await_build(site, git("rev-parse", "HEAD"), 65)
+    git("commit", "--quiet", "--allow-empty", "--message", "Change nothing")
     git("-c", f"core.sshCommand={key}", "push", "--quiet", url, "HEAD:main")
     await_build(site, git("rev-parse", "HEAD"), 65)
     # What others pushed is not taken back by who has not seen it.

@@ -8,7 +8,7 @@ import re
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dashboards.queries import panel_queries
 from tests.e2e.load import Load
 from tests.e2e.machines import machines, new_site
 from tests.e2e.releases import HEALTH, Build, publish, replace, status
-from tests.e2e.site import ROOT, Site
+from tests.e2e.site import ROOT, Site, until
 
 BUILD = ROOT / "build" / "e2e-many"
 INVENTORY = Path(__file__).parent / "many"
@@ -28,7 +28,6 @@ FIRST, SECOND, BALANCER, WATCHER, LOADER = "many-api1", "many-api2", "many-lb", 
 APIS = {FIRST, SECOND}
 OUT_SECONDS = 4
 """Two checks, a second apart, each of which may take a second: so long one that is gone may be asked."""
-PATIENCE = 90
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +45,6 @@ def states(site: Site) -> dict[str, str]:
     """Return the state of each API for the load balancer."""
     lines = site.run("winemon-balance status", on=BALANCER).splitlines()
     return {line.split()[0]: line.split()[1] for line in lines}
-
-
-def until(condition: Callable[[], bool], what: str) -> float:
-    """Return the seconds that a condition took to come true."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() < start + PATIENCE, what
-        time.sleep(0.2)
-    return time.monotonic() - start
 
 
 def both_up(site: Site) -> None:

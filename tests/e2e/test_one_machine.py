@@ -4,7 +4,7 @@ import json
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.load import WINES, Load
 from tests.e2e.machines import keep, layer_path, locked, machines, one_machine
 from tests.e2e.releases import HEALTH, Build, publish, replace, status
-from tests.e2e.site import Site
+from tests.e2e.site import Site, until
 
 SECRETS = ("prometheus", "alertmanager", "locust", "grafana", "jenkins", "jenkins.metrics")
 PREDICTIONS = "fastapi_monitoring_regression_model_output_count"
@@ -24,10 +24,11 @@ PROVOKED = {"ApiDown", "ArtifactRefused"}
 @pytest.fixture(scope="module")
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     """Build the machine, bare at first; every test goes on from where the one before it left it."""
-    site = one_machine("one_machine")
-    # Who wants a machine with all of winemon gets this one's layer, and waits for it.
-    with locked("layer"), machines(request.session, site):
-        yield site
+    # Who wants a machine with all of winemon gets this one's layer, and waits for it where there is none.
+    with locked("layer"):
+        site = one_machine("one_machine")
+        with machines(request.session, site):
+            yield site
 
 
 def sample(text: str, name: str) -> float:
@@ -129,19 +130,11 @@ def test_an_alert_fires_and_resolves(site: Site) -> None:
     site.run("systemctl stop winemon-api.socket winemon-api.service")
     stopped = time.monotonic()
     try:
-        await_true(lambda: "ApiDown" in alerts(site), 240)
+        until(lambda: "ApiDown" in alerts(site), "ApiDown fires", 240)
         assert time.monotonic() - stopped >= 120, "it lasts two minutes before somebody is told"
     finally:
         site.run("systemctl start winemon-api.socket winemon-api.service")
-    await_true(lambda: "ApiDown" not in alerts(site), 120)
-
-
-def await_true(condition: Callable[[], bool], seconds: float) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(1)
+    until(lambda: "ApiDown" not in alerts(site), "ApiDown ends", 120)
 
 
 def test_a_model_that_was_tampered_with_is_refused_and_said(site: Site) -> None:

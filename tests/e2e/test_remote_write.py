@@ -2,10 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable
 from typing import Any, Final
 
-from tests.e2e.site import Site
+from tests.e2e.site import Site, until
 
 PORT: Final = 9099
 START: Final = f"""
@@ -15,14 +14,6 @@ systemd-run --quiet --collect --unit=other-store --property=User=prometheus \\
   --web.enable-remote-write-receiver --web.config.file=/etc/prometheus/web.yml
 """
 """A second Prometheus, that scrapes nothing and takes what is sent by who knows the password."""
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
 
 
 def test_another_store_gets_every_sample_through_an_outage(site: Site) -> None:

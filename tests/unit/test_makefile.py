@@ -82,6 +82,15 @@ def test_an_environment_is_filled_by_its_name_whatever_uv_hears_from_the_shell(p
     assert not re.search(r"^UV_(SYSTEM_)?PYTHON=", calls, re.MULTILINE)
 
 
+@pytest.mark.parametrize(("told", "upgraded"), [("", 0), ("UPGRADE=1", 6)])
+def test_pins_of_lock_files_stay_unless_make_is_told_to_upgrade(
+    project: Path, told: str, upgraded: int
+) -> None:
+    make(project, "lock", *told.split())
+    calls = re.findall("pip compile .*", (project / "requirements/calls").read_text())
+    assert (len(calls), sum(" --upgrade " in call for call in calls)) == (6, upgraded)
+
+
 @pytest.mark.parametrize(
     "name", ["PIP_USER", "PIP_TARGET", "PIP_PYTHON", "UV_CONSTRAINT", "PYTHONPATH", "PYTHONSAFEPATH"]
 )

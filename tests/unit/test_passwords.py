@@ -121,6 +121,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.thorough
 def test_passwords_are_moved_before_one_is_taken_for_a_host_and_kept_closed(checkout: Path) -> None:
     old = write(checkout / "inventory/local/secrets", OLD)
     new = old.with_name(".secrets")
@@ -143,6 +144,7 @@ def test_passwords_are_moved_before_one_is_taken_for_a_host_and_kept_closed(chec
     assert modes(new) == {0o700, 0o600}
 
 
+@pytest.mark.thorough
 def test_only_what_is_ours_is_moved(checkout: Path) -> None:
     vagrant = write(checkout / "inventory/vagrant/secrets", OLD)
     write(checkout / "mine/secrets", {"diary": "of mine"})
@@ -161,6 +163,7 @@ def test_only_what_is_ours_is_moved(checkout: Path) -> None:
     assert not (checkout / "inventory/local/.secrets").exists()
 
 
+@pytest.mark.thorough
 def test_passwords_that_differ_are_left_to_people(checkout: Path) -> None:
     old = write(checkout / "inventory/local/secrets", OLD)
     new = write(old.with_name(".secrets"), {**OLD, "grafana": "aNewerOne"})

@@ -147,21 +147,21 @@ def test_no_client_is_cut_off_by_reloads_and_recycling(start: Start, wine: dict[
     assert value(server.scrape(), "winemon_worker_starts_total") >= 8
 
 
+def connections(server: Server) -> list[int]:
+    """How many connections each worker has."""
+    return [number - 1 for number in array("q", (server.metrics / "board").read_bytes()) if number]
+
+
 def test_connections_spread_over_the_workers(start: Start) -> None:
     server = start()
-
-    def connections() -> list[int]:
-        """How many connections each worker has."""
-        return [number - 1 for number in array("q", (server.metrics / "board").read_bytes()) if number]
-
-    wait_for(lambda: connections() == [0, 0])
+    wait_for(lambda: connections(server) == [0, 0])
     for _ in range(20):
         burst = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(16)]
-        wait_for(lambda: sum(connections()) == 16)
-        assert min(connections()) >= 4
+        wait_for(lambda: sum(connections(server)) == 16)
+        assert min(connections(server)) >= 4
         for connection in burst:
             connection.close()
-        wait_for(lambda: connections() == [0, 0])
+        wait_for(lambda: connections(server) == [0, 0])
 
 
 def answer(client: socket.socket) -> bytes:
@@ -177,8 +177,8 @@ def answer(client: socket.socket) -> bytes:
 
 
 def exchange(connection: socket.socket, sent: bytes) -> bytes:
-    """Send and receive until the server closes, or nothing comes for five seconds."""
-    connection.settimeout(5)
+    """Send and receive until the server closes; raise where nothing comes for long."""
+    connection.settimeout(30)
     connection.sendall(sent)
     received = b""
     while part := connection.recv(65536):
@@ -226,28 +226,36 @@ def test_more_connections_than_allowed_are_refused(start: Start) -> None:
 
 @pytest.mark.parametrize(
     "part",
-    [b"POST /pre", b"POST /predict HTTP/1.1\r\nHost: x\r\n", post(b"{}")[:-1]],
-    ids=["line", "head", "body"],
+    [
+        pytest.param(b"POST /pre", id="line", marks=pytest.mark.thorough),
+        pytest.param(b"POST /predict HTTP/1.1\r\nHost: x\r\n", id="head", marks=pytest.mark.thorough),
+        pytest.param(post(b"{}")[:-1], id="body"),
+    ],
 )
 def test_a_client_that_dawdles_is_told_and_closed(start: Start, part: bytes) -> None:
-    server = start(WINEMON_REQUEST_TIMEOUT="1")
+    server = start(WINEMON_REQUEST_TIMEOUT="0.5")
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         assert exchange(client, part).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_is_idle_between_requests_is_kept(start: Start) -> None:
+    server = start(WINEMON_REQUEST_TIMEOUT="0.5")
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(b"GET /healthcheck HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answer(client).startswith(b"HTTP/1.1 200")
-        time.sleep(3)  # idle is not slow
+        time.sleep(3)  # the timeout and some looks for those who have exceeded it
         client.sendall(b"GET /healthcheck HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answer(client).startswith(b"HTTP/1.1 200")
 
 
 def test_a_client_that_never_speaks_keeps_no_worker_beyond_its_time_to_leave(start: Start) -> None:
     server = start(WINEMON_LEAVE_SECONDS="1")
+    wait_for(lambda: connections(server) == [0, 0])
     with socket.create_connection(("127.0.0.1", server.port)) as client:
-        time.sleep(0.2)
+        wait_for(lambda: sum(connections(server)) == 1)
         stopped = time.monotonic()
         server.stop()
-        assert 0.5 < time.monotonic() - stopped < 10
+        assert 0.5 < time.monotonic() - stopped < 20  # after 21 s gunicorn kills it
         assert client.recv(1) == b""
 
 
@@ -257,6 +265,7 @@ def test_an_oversized_body_is_answered_though_it_is_not_read(start: Start) -> No
         assert exchange(client, post(b" " * 1_500_000)).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.thorough
 def test_counters_never_go_down_under_load(start: Start, wine: dict[str, Any]) -> None:
     server = start()
     stop = threading.Event()

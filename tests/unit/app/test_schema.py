@@ -1,11 +1,11 @@
-"""What the OpenAPI document promises, tried with thousands of generated requests, good and bad."""
+"""What the OpenAPI document promises, tried with generated requests, good and bad."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given
+from hypothesis import given
 from hypothesis import settings as effort
 from schemathesis import GenerationMode
 
@@ -23,22 +23,22 @@ def schema(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 GOOD, BAD = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
 
+@pytest.mark.generated
 @pytest.mark.parametrize(
-    ("method", "path", "mode", "cases"),
+    ("method", "path", "mode"),
     [
-        ("POST", "/predict", GOOD, 800),
-        ("POST", "/predict", BAD, 800),
-        ("POST", "/predict/batch", GOOD, 250),
-        ("POST", "/predict/batch", BAD, 250),
-        ("GET", "/healthcheck", GOOD, 1),
-        ("GET", "/ready", GOOD, 1),
-        ("GET", "/model", GOOD, 1),
+        ("POST", "/predict", GOOD),
+        ("POST", "/predict", BAD),
+        ("POST", "/predict/batch", GOOD),
+        ("POST", "/predict/batch", BAD),
+        ("GET", "/healthcheck", GOOD),
+        ("GET", "/ready", GOOD),
+        ("GET", "/model", GOOD),
     ],
 )
-def test_answers_as_documented(schema: Any, method: str, path: str, mode: GenerationMode, cases: int) -> None:
+def test_answers_as_documented(schema: Any, method: str, path: str, mode: GenerationMode) -> None:
     tried = 0
 
-    @effort(max_examples=cases, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
     def check(case: schemathesis.Case) -> None:
         nonlocal tried
@@ -46,4 +46,5 @@ def test_answers_as_documented(schema: Any, method: str, path: str, mode: Genera
         case.call_and_validate()
 
     check()
-    assert tried >= cases
+    # There is one way to ask without a body.
+    assert tried >= (effort().max_examples if method == "POST" else 1)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -31,6 +33,7 @@ def fetch(tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.thorough
 def test_the_live_release_is_the_champion_if_it_is_what_was_published(tmp_path: Path) -> None:
     champion, store = tmp_path / "champion.tar.gz", tmp_path / "store"
 

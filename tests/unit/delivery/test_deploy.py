@@ -75,6 +75,7 @@ def play(tmp_path: Path) -> Play:
     return run
 
 
+@pytest.mark.thorough
 def test_each_machine_is_taken_out_of_every_load_balancer_and_brought_back_in_its_turn(play: Play) -> None:
     done, told = play("deploy", {"one": LOCAL, "two": LOCAL})
     assert done.returncode == 0, done.stdout
@@ -91,6 +92,7 @@ def test_a_failure_brings_the_machine_back_and_spares_the_next(play: Play) -> No
     assert told == ["one drain a", "a rollback", "one ready a"]
 
 
+@pytest.mark.thorough
 def test_a_failure_takes_the_release_back_from_the_machines_before_it(play: Play) -> None:
     done, told = play("deploy", {}, broken="b switch")
     assert done.returncode != 0

@@ -184,6 +184,7 @@ def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_a_model_trained_on_shuffled_labels_is_refused(
     shipped: Path, trained: Callable[..., Path], shuffled: Path, run: Callable[..., Run]
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_model_trained_on_shuffled_labels_is_refused(
     assert run("--artifacts", bad, "--champion", bad, "--data", shuffled).code == 1
 
 
+@pytest.mark.thorough
 def test_a_bad_model_with_good_figures_in_its_manifest_is_refused(
     shipped: Path, trained: Callable[..., Path], shuffled: Path, run: Callable[..., Run], tmp_path: Path
 ) -> None:

@@ -28,6 +28,8 @@ from delivery.machine import InputError, Machine, OperationError, Service
 ROOT = Path(__file__).parents[3]
 UNIT = ROOT / "roles/winemon_api/templates/etc/systemd/system/winemon-api.service.j2"
 
+thorough = pytest.mark.thorough
+
 GUNICORN = """
 import os
 wsgi_app = "app.main:app"
@@ -344,6 +346,7 @@ def elsewhere(venv: Path) -> None:
     (venv / "bin" / "python").symlink_to("/bin/false")
 
 
+@thorough
 @pytest.mark.parametrize("damage", [emptied, stale, strange, older, elsewhere])
 def test_a_damaged_environment_does_not_count_and_installing_again_mends_it(
     here: Machine, pack: Callable[..., Path], tmp_path: Path, damage: Callable[[Path], None]
@@ -364,6 +367,7 @@ def test_a_damaged_environment_does_not_count_and_installing_again_mends_it(
     subprocess.run([venv / "bin" / "winestub"], check=True)
 
 
+@thorough
 def test_an_environment_that_no_release_has_is_made_for_its_lock_file(
     here: Machine, pack: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -381,7 +385,12 @@ def test_an_environment_that_no_release_has_is_made_for_its_lock_file(
 
 
 @pytest.mark.parametrize(
-    "option", ["\n--no-binary=:all:\n", " ; python_version > '3' --no-binary=:all:\n", "\n-e /somewhere\n"]
+    "option",
+    [
+        "\n--no-binary=:all:\n",
+        pytest.param(" ; python_version > '3' --no-binary=:all:\n", marks=thorough),
+        "\n-e /somewhere\n",
+    ],
 )
 def test_what_is_no_wheel_is_not_built(
     here: Machine, pack: Callable[..., Path], tmp_path: Path, option: str
@@ -404,6 +413,7 @@ def test_what_is_no_wheel_is_not_built(
     assert not (tmp_path / "ran").exists()
 
 
+@thorough
 def test_nothing_of_who_calls_it_and_of_the_wheels_is_run(
     here: Machine, pack: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,12 +524,24 @@ def test_the_node_exporter_is_told_of_the_last_step_of_each_kind(
     ("changes", "why"),
     [
         ({"app/main.py": "import wine_cellar\n"}, "ModuleNotFoundError: No module named 'wine_cellar'"),
-        ({"app/selftest.py": "raise SystemExit('corked')\n"}, "corked"),
+        pytest.param({"app/selftest.py": "raise SystemExit('corked')\n"}, "corked", marks=thorough),
         ({"app/main.py": MAIN.replace('model["quality"]', "5.6")}, "answers {'quality': 5.6}"),
-        ({"app/main.py": MAIN.replace('model["quality"]', "None")}, "answers {'quality': None}"),
+        pytest.param(
+            {"app/main.py": MAIN.replace('model["quality"]', "None")},
+            "answers {'quality': None}",
+            marks=thorough,
+        ),
         ({"app/main.py": MAIN.replace('"status": 200', '"status": 503')}, "not ready in time: it says 503"),
-        ({"app/main.py": MAIN.replace('"version": model["version"]', '"version": "x"')}, "serves model x"),
-        ({"app/gunicorn.conf.py": "workers = no_number\n"}, "NameError: name 'no_number' is not defined"),
+        pytest.param(
+            {"app/main.py": MAIN.replace('"version": model["version"]', '"version": "x"')},
+            "serves model x",
+            marks=thorough,
+        ),
+        pytest.param(
+            {"app/gunicorn.conf.py": "workers = no_number\n"},
+            "NameError: name 'no_number' is not defined",
+            marks=thorough,
+        ),
         ({"artifacts/manifest.json": json.dumps({"version": "model-2", "quality": 1})}, "no samples"),
     ],
 )

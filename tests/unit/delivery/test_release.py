@@ -125,6 +125,7 @@ def test_an_artifact_that_the_manifest_forgot_is_refused(checkout: Path) -> None
         release.build(checkout)
 
 
+@pytest.mark.thorough
 def test_wheels_are_those_of_the_machines_python_with_their_hashes(tmp_path: Path) -> None:
     lock = (ROOT / "requirements" / "ansible.txt").read_text()
     # Two packages of a real lock file: one pure, one with a wheel for each Python.

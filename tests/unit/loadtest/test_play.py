@@ -43,8 +43,12 @@ def play(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     [
         ({"loadtest_target": "example.org"}, "of this inventory is called example.org: it has wine"),
         ({"loadtest_here": False}, "No group loadtest in this inventory to run the users"),
-        ({"loadtest_users": 9}, "At least 10 users for 1 second"),
-        ({"loadtest_shape": "circle"}, f"No shape is called circle: {', '.join([*SHAPES][:-1])} or spike"),
+        pytest.param({"loadtest_users": 9}, "At least 10 users for 1 second", marks=pytest.mark.thorough),
+        pytest.param(
+            {"loadtest_shape": "circle"},
+            f"No shape is called circle: {', '.join([*SHAPES][:-1])} or spike",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_asked(
@@ -58,6 +62,7 @@ def test_what_cannot_be_is_refused_before_anything_is_asked(
     assert not api.seen
 
 
+@pytest.mark.thorough
 def test_a_load_from_here_is_reported_and_held_to_the_limits(
     play: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -77,6 +82,7 @@ def test_a_load_from_here_is_reported_and_held_to_the_limits(
     assert (cases.attrib["tests"], cases.attrib["failures"]) == ("16", "0")
 
 
+@pytest.mark.thorough
 def test_an_api_that_answers_wrongly_fails_the_play_and_is_named(
     play: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
