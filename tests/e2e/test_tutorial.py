@@ -28,6 +28,8 @@ def transcript(site: Site, tmp_path_factory: pytest.TempPathFactory) -> list[str
     script.write_text("".join(["set -euo pipefail\n", *marked]))
     # Prometheus shows no alert before its second evaluation after a start; the reader has an older machine.
     site.eventually('ALERTS{alertname="Watchdog"}', seconds=180)
+    # An environment names its place, and a clone has those of this checkout.
+    subprocess.run(["make", "--silent", ".venv/app/.synced"], cwd=ROOT, check=True)
     checkout = clone(tmp_path_factory.mktemp("tutorial") / "winemon")
     with log.open("w") as file:
         shell = subprocess.Popen(
