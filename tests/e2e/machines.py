@@ -129,7 +129,7 @@ def machines(
                 said = site.ssh(
                     f"sudo systemctl --failed; sudo journalctl --no-pager -n 200 {units}", on=name
                 )
-                print(name, said.stdout, said.stderr, sep="\n")  # noqa: T201
+                print(name, said.stdout, said.stderr, sep="\n")  # noqa: T201 - pytest shows it with the failure
     finally:
         site.client.close()
         loaded.unlink(missing_ok=True)
@@ -139,7 +139,8 @@ def machines(
 
 def new_site(inventory: Path, build: Path, secrets: Path | None = None) -> Site:
     """Return the site of an inventory with an empty directory for its logs."""
-    shutil.rmtree(build, ignore_errors=True)
+    if build.exists():
+        shutil.rmtree(build)
     build.mkdir(parents=True)
     return Site(inventory, build, secrets)
 
@@ -148,7 +149,8 @@ def one_machine(scenario: str) -> Site:
     """Return the site of one machine; its inventory names stand-ins where the real ones cannot be reached."""
     given, secrets = BUILD / "given", BUILD / "secrets"
     for place in (given, secrets):
-        shutil.rmtree(place, ignore_errors=True)
+        if place.exists():
+            shutil.rmtree(place)
     given.mkdir(parents=True)
     if not grafana.real_one_answers():
         grafana.package(grafana.VERSION, given)
@@ -178,8 +180,8 @@ def keep(site: Site) -> None:
     path, machine = layer_path(), MACHINES / site.name
     subprocess.run([MACHINE, "stop", site.name, machine], check=True)
     partial = path.with_suffix(".partial")
-    for old in (partial, *path.parent.glob(f"debian-{DEBIAN}-*")):
-        shutil.rmtree(old, ignore_errors=True)
+    for old in path.parent.glob(f"debian-{DEBIAN}-*"):  # also what an interrupted run began
+        shutil.rmtree(old)
     partial.mkdir(parents=True)
     (machine / "upper").rename(partial / "upper")
     shutil.rmtree(machine / "work")

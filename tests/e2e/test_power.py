@@ -187,6 +187,7 @@ def mains(request: pytest.FixtureRequest, build: Build) -> Iterator[Mains]:
     layer = provisioned(request.session)
     site = new_site(INVENTORY, BUILD)
     with machines(request.session, site, layer=layer):
+        # Some of them are left out on Debian 12.
         site.run(f"for unit in {OTHERS}; do systemctl disable --now $unit || true; done")
         site.run("rm -r /opt/winemon/venvs/loadtest-*")
         site.play("site.yml")
