@@ -121,7 +121,8 @@ class Build:
         unit = ["systemd-run", "--quiet", "--collect", "--wait", "--pipe", f"--unit={UNIT}"]
         unit += [f"--property={line}" for line in [*self.properties, f"WorkingDirectory={directory}"]]
         unit += [f"--setenv={key}={value}" for key, value in self.variables.items()]
-        remote = shlex.join(["sudo", *unit, "--", "sh", "-xe", "-c", command])
+        # Jenkins, too, has what a step prints and what its shell traces from one pipe, so no line breaks another.
+        remote = shlex.join(["sudo", *unit, "--", "sh", "-c", 'exec sh -xe -c "$0" 2>&1', command])
         with self.log(name).open("w") as file:
             call = ["ssh", "-F", str(self.site.ssh_config), self.site.name, remote]
             return subprocess.run(call, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
@@ -141,7 +142,6 @@ class Build:
         status = self.execute("Check out", commands, HOME)
         output = self.log("Check out").read_text()
         assert status == 0, output
-        # What the shell traces comes by another way, before or after it.
         (self.commit,) = re.findall(r"^[0-9a-f]{40}$", output, re.MULTILINE)
         self.variables |= {"GIT_URL": url, "GIT_BRANCH": f"origin/{branch}", "GIT_COMMIT": self.commit}
         self.say(f"commit {self.commit[:12]}")
