@@ -68,6 +68,11 @@ RENAME_EXCHANGE: Final = 2
 """Of Linux' renameat2(2), which Python has no name for."""
 PIN: Final = re.compile(r"[0-9A-Za-z][\w.-]*(\[[\w,.-]+\])?==[\w.!+-]+", re.ASCII)
 HASH: Final = re.compile(r"--hash=sha256:[0-9a-f]{64}")
+COMPILE: Final = """
+import compileall, re, sys
+compileall.compile_dir(sys.argv[1], rx=re.compile("/tests/"), quiet=2, workers=0)
+"""
+"""Write bytecode, as nobody may later; much of what wheels have is their own tests, which nothing imports."""
 NO_ANSWER: Final = "no answer"
 PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
 TOLERANCE: Final = 1e-9
@@ -284,9 +289,7 @@ def flush(path: Path) -> None:
 
 def flush_all(directory: Path) -> None:
     """Have a directory, and all that is below it, on disk."""
-    for path in (directory, *directory.rglob("*")):
-        if not path.is_symlink():
-            flush(path)
+    _run("sync", "--file-system", str(directory))
 
 
 def put(new: Path, target: Path) -> None:
@@ -463,11 +466,15 @@ def verify_wheels(directory: Path, lock: str) -> str:
 def fingerprint(directory: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a directory, and where every link leads, by name."""
     found = {}
-    for path in directory.rglob("*"):
-        if path.is_symlink():
-            found[str(path.relative_to(directory))] = f"-> {path.readlink()}"
-        elif path.is_file():
-            found[str(path.relative_to(directory))] = sha256(path)
+    for parent, directories, files in os.walk(directory):
+        place = Path(parent)
+        below = place.relative_to(directory)
+        for name in (*directories, *files):
+            path = place / name
+            if path.is_symlink():
+                found[str(below / name)] = f"-> {path.readlink()}"
+            elif path.is_file():
+                found[str(below / name)] = sha256(path)
     return found
 
 
@@ -506,9 +513,10 @@ def build_environment(venv: Path, wheels: Path, lock: str, room: Path, installer
     _run(SYSTEM_PYTHON, "-I", "-m", "venv", "--without-pip", str(new), user=installer)
     pip = [str(tools / "bin" / "python"), "-I", "-m", "pip", "--isolated", "--disable-pip-version-check"]
     only = ["--no-index", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir"]
-    into = [f"--prefix={new}", "--ignore-installed", "--no-warn-script-location"]
+    into = [f"--prefix={new}", "--ignore-installed", "--no-warn-script-location", "--no-compile"]
     what = [f"--find-links={sent}", f"--requirement={sent}/requirements.txt"]
     _run(*pip, "install", *only, *into, *what, user=installer)
+    _run(str(tools / "bin" / "python"), "-I", "-c", COMPILE, str(new), user=installer)
     # Programs name the interpreter that installed them, and `activate` where it was made.
     names = [str(path) for path in (*(new / "bin").iterdir(), new / "pyvenv.cfg") if not path.is_symlink()]
     _run("sed", "--in-place", f"s|{tools}/|{venv}/|g; s|{new}|{venv}|g", *names, user=installer)
