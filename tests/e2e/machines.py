@@ -93,6 +93,7 @@ def start(site: Site, debian: str, *options: str, layer: Path | None = None) -> 
 
 def stop(site: Site) -> None:
     """Stop the machines of a site and remove them, with the disks of those that have one."""
+    site.close()
     for directory in (MACHINES / name for name in site.addresses):
         mounts = Path("/proc/mounts").read_text().count(f" {directory} ")
         if mounts:
@@ -131,7 +132,6 @@ def machines(
                 )
                 print(name, said.stdout, said.stderr, sep="\n")  # noqa: T201 - pytest shows it with the failure
     finally:
-        site.client.close()
         loaded.unlink(missing_ok=True)
         stop(site)
     assert left_behind(site) == {}
@@ -178,6 +178,7 @@ def layer_path() -> Path:
 def keep(site: Site) -> None:
     """Make a machine that was provisioned the layer of others; it goes on as an overlay of that itself."""
     path, machine = layer_path(), MACHINES / site.name
+    site.hang_up()
     subprocess.run([MACHINE, "stop", site.name, machine], check=True)
     partial = path.with_suffix(".partial")
     for old in path.parent.glob(f"debian-{DEBIAN}-*"):  # also what an interrupted run began

@@ -64,6 +64,7 @@ class Disk:
 
     def insert(self) -> None:
         """Move the machine, which is provisioned, to a disk of its own, and keep a copy of that."""
+        self.site.hang_up()
         self.call("stop")
         # Other machines, which may start meanwhile, are told when the disk is removed.
         subprocess.run(["mount", "--bind", self.directory, self.directory], check=True)
@@ -113,6 +114,7 @@ class Disk:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+        self.site.hang_up()
         self.remove()
 
     def remove(self) -> None:

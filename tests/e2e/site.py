@@ -35,6 +35,7 @@ class Site:
     user = "debian"
     key = ROOT / ".machines" / "id_ed25519"
     known_hosts = ROOT / ".machines" / "known_hosts"
+    connections = Path.home() / ".ansible" / "cp"
     # How many times as long as usual to wait.
     patience = 1
 
@@ -49,10 +50,14 @@ class Site:
         self.name, self.address = next(iter(self.addresses.items()))
         self.commands = 0
         self.ssh_config = build / "ssh_config"
+        self.connections.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.ssh_config.write_text(
             "".join(f"Host {name}\n  HostName {address}\n" for name, address in self.addresses.items())
             + f"Host *\n  User {self.user}\n  ConnectTimeout {2 * self.patience}\n"
             f"  IdentityFile {self.key}\n  UserKnownHostsFile {self.known_hosts}\n"
+            # To log in costs ten times what most commands cost.
+            f"  ControlMaster auto\n  ControlPersist 60\n  ControlPath {self.connections}/winemon-%C\n"
+            "  ServerAliveInterval 5\n"
         )
         self.client = self.connect()
 
@@ -113,6 +118,29 @@ class Site:
         result = self.ssh(f"sudo sh -c {shlex.quote(command)}", stdin, on)
         assert result.returncode == 0, f"{command}: {result.stderr}{result.stdout}"
         return result.stdout.strip()
+
+    def hang_up(self) -> None:
+        """End the connections that commands ran over: one to a machine that is gone would never answer."""
+        for name in self.addresses:
+            command = ["ssh", "-F", self.ssh_config, "-O", "exit", name]
+            subprocess.run(command, capture_output=True, check=False)  # fails where there is none
+
+    def reboot(self, on: str = "") -> None:
+        """Reboot a machine and return when its user can log in again."""
+
+        def boot() -> str:
+            return self.ssh("cat /proc/sys/kernel/random/boot_id; uptime -s", on=on).stdout
+
+        before = boot()
+        assert before
+        self.ssh("sudo reboot", on=on)
+        self.hang_up()
+        until(lambda: boot() not in {"", before}, "the machine comes back", 90 * self.patience)
+
+    def close(self) -> None:
+        """End all connections."""
+        self.client.close()
+        self.hang_up()
 
     def host(self) -> Any:
         """Return testinfra's view of the machine."""

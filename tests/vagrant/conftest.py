@@ -41,6 +41,7 @@ class VM(Site):
 
     def vagrant(self, *arguments: str) -> str:
         """Run vagrant in the clone."""
+        self.hang_up()
         return self.log(arguments[0], ["vagrant", *arguments, "--no-tty"])
 
     def log(self, name: str, command: list[str]) -> str:
@@ -86,6 +87,6 @@ def site() -> Iterator[VM]:
         site.vagrant("up", "--provider", "libvirt")
         yield site
     finally:
-        site.client.close()
+        site.close()
         if (CLONE / ".vagrant/machines/winemon/libvirt/id").exists():
             site.vagrant("destroy", "--force")
