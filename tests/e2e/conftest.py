@@ -11,7 +11,18 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from delivery import release
-from tests.e2e.machines import layer_path, machines, one_machine, provisioned
+from tests.e2e.machines import (
+    BUILD,
+    INVENTORY,
+    SECRETS,
+    journals,
+    layer_path,
+    machines,
+    new_site,
+    one_machine,
+    provisioned,
+    renew,
+)
 from tests.e2e.releases import Build, Edit
 from tests.e2e.site import ROOT, Site
 
@@ -43,18 +54,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_one_machine.py")
 
 
-@pytest.fixture(scope="module")
-def site(request: pytest.FixtureRequest) -> Iterator[Site]:
-    """Have a machine that was provisioned; every test goes on from where the one before it left it."""
+@pytest.fixture(scope="session")
+def provisioned_machine(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Have the machine of most scenarios and return its layer."""
     layer = provisioned(request.session)
-    site = one_machine(request.path.stem.removeprefix("test_"))
-    with machines(request.session, site, layer=layer):
-        # Its samples are of when the layer was made.
-        site.run(
-            "systemctl stop prometheus && rm -rf /var/lib/prometheus/metrics2 && systemctl start prometheus;"
-            " timeout 30 sh -c 'until ss --listening --tcp --numeric | grep -q :9090; do sleep 0.1; done'"
-        )
+    with machines(request.session, one_machine("machine"), layer=layer):
+        yield layer
+
+
+@pytest.fixture(scope="module")
+def site(request: pytest.FixtureRequest, provisioned_machine: Path) -> Iterator[Site]:
+    """Have a machine that was provisioned; every test goes on from where the one before it left it."""
+    site = new_site(INVENTORY, BUILD / request.path.stem.removeprefix("test_"), SECRETS)
+    renew(site, provisioned_machine)
+    with journals(request.session, site):
         yield site
+    site.close()
 
 
 @pytest.fixture(scope="session")

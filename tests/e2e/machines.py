@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -17,11 +16,12 @@ import pytest
 
 from tests.e2e.grafana import package as grafana
 from tests.e2e.jenkins import package as jenkins
-from tests.e2e.site import ROOT, Site
+from tests.e2e.site import ROOT, Site, until
 
 INVENTORY: Final = Path(__file__).parent / "inventory"
 """The inventory of one machine, which most scenarios use."""
 BUILD: Final = ROOT / "build" / "e2e"
+SECRETS: Final = BUILD / "secrets"
 MACHINES: Final = ROOT / ".machines"
 MACHINE: Final = ROOT / "ansible" / "files" / "machine"
 DEBIAN: Final = os.environ.get("DEBIAN", "13")
@@ -83,12 +83,29 @@ def start(site: Site, debian: str, *options: str, layer: Path | None = None) -> 
     if layer:
         shutil.copytree(layer / "secrets", site.secrets, dirs_exist_ok=True)
         for name in site.addresses:
-            deadline = time.monotonic() + 60
-            while site.ssh("true", on=name).returncode:  # as long as it boots, nobody may log in
-                assert time.monotonic() < deadline, f"{name} lets nobody in"
-                time.sleep(0.5)
-            state = site.ssh("systemctl is-system-running --wait", on=name).stdout.strip()
-            assert state == "running", site.ssh("systemctl --failed", on=name).stdout
+            await_services(site, name)
+
+
+def await_services(site: Site, name: str) -> None:
+    """Wait until a machine that was provisioned has started all its services."""
+    until(lambda: site.ssh("true", on=name).returncode == 0, f"{name} lets its user in")
+    state = site.ssh("systemctl is-system-running --wait", on=name).stdout.strip()
+    assert state == "running", site.ssh("systemctl --failed", on=name).stdout
+
+
+def renew(site: Site, layer: Path) -> None:
+    """Have a machine on a layer as it was at its first start."""
+    machine = MACHINES / site.name
+    site.hang_up()
+    subprocess.run([MACHINE, "stop", site.name, machine], check=True)
+    for place in ("upper", "work"):
+        shutil.rmtree(machine / place)
+        (machine / place).mkdir()
+    lower = f"{layer / 'upper'}:{MACHINES / f'debian-{DEBIAN}'}"
+    subprocess.run([MACHINE, "start", site.name, machine, lower, site.bridge], check=True)
+    shutil.rmtree(site.secrets)
+    shutil.copytree(layer / "secrets", site.secrets)
+    await_services(site, site.name)
 
 
 def stop(site: Site) -> None:
@@ -107,6 +124,18 @@ def stop(site: Site) -> None:
 
 
 @contextlib.contextmanager
+def journals(session: pytest.Session, site: Site) -> Iterator[None]:
+    """Show the journals of a site's machines where a test fails meanwhile."""
+    failed = session.testsfailed
+    yield
+    if session.testsfailed > failed:
+        units = " ".join(f"-u {unit}" for unit in UNITS)
+        for name in site.addresses:
+            said = site.ssh(f"sudo systemctl --failed; sudo journalctl --no-pager -n 200 {units}", on=name)
+            print(name, said.stdout, said.stderr, sep="\n")  # noqa: T201 - pytest shows it with the failure
+
+
+@contextlib.contextmanager
 def machines(
     session: pytest.Session, site: Site, *options: str, debian: str = DEBIAN, layer: Path | None = None
 ) -> Iterator[None]:
@@ -117,20 +146,13 @@ def machines(
     loaded.unlink(missing_ok=True)
     if left_behind(site):  # by a run that was killed
         stop(site)
-    failed = session.testsfailed
     try:
         start(site, debian, *options, layer=layer)
         assert left_behind(site).keys() >= {"interfaces", "nftables", "processes", "files"}, (
             "it looks in the wrong places"
         )
-        yield
-        if session.testsfailed > failed:
-            units = " ".join(f"-u {unit}" for unit in UNITS)
-            for name in site.addresses:
-                said = site.ssh(
-                    f"sudo systemctl --failed; sudo journalctl --no-pager -n 200 {units}", on=name
-                )
-                print(name, said.stdout, said.stderr, sep="\n")  # noqa: T201 - pytest shows it with the failure
+        with journals(session, site):
+            yield
     finally:
         loaded.unlink(missing_ok=True)
         stop(site)
@@ -147,8 +169,8 @@ def new_site(inventory: Path, build: Path, secrets: Path | None = None) -> Site:
 
 def one_machine(scenario: str) -> Site:
     """Return the site of one machine; its inventory names stand-ins where the real ones cannot be reached."""
-    given, secrets = BUILD / "given", BUILD / "secrets"
-    for place in (given, secrets):
+    given = BUILD / "given"
+    for place in (given, SECRETS):
         if place.exists():
             shutil.rmtree(place)
     given.mkdir(parents=True)
@@ -157,7 +179,7 @@ def one_machine(scenario: str) -> Site:
     if not jenkins.real_one_answers():
         jenkins.package(jenkins.VERSION, given)
         jenkins.plugins(given)
-    return new_site(INVENTORY, BUILD / scenario, secrets)
+    return new_site(INVENTORY, BUILD / scenario, SECRETS)
 
 
 @functools.cache
@@ -186,6 +208,11 @@ def keep(site: Site) -> None:
     partial.mkdir(parents=True)
     (machine / "upper").rename(partial / "upper")
     shutil.rmtree(machine / "work")
+    (machine / "upper").mkdir()
+    samples = "var/lib/prometheus/metrics2"  # are of this machine
+    copy = ["cp", "--archive", "--parents", samples, machine / "upper"]
+    subprocess.run(copy, check=True, cwd=partial / "upper")
+    shutil.rmtree(partial / "upper" / samples)
     shutil.copytree(site.secrets, partial / "secrets")
     os.sync()
     partial.rename(path)
