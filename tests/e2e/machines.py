@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -43,12 +44,16 @@ UNITS: Final = (
 
 
 @contextlib.contextmanager
-def locked(name: str) -> Iterator[None]:
-    """Keep other processes of these tests out meanwhile: scenarios run side by side."""
+def locked(name: str, *, wait: bool = True) -> Iterator[bool]:
+    """Keep other processes of these tests out, as scenarios run side by side; yield whether that is so."""
     MACHINES.mkdir(exist_ok=True)
     with (MACHINES / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = True
+        except BlockingIOError:
+            ours = False
+        yield ours
 
 
 def left_behind(site: Site) -> dict[str, list[str]]:
@@ -222,14 +227,14 @@ def keep(site: Site) -> None:
 def provisioned(session: pytest.Session) -> Path:
     """Return the layer of a machine that has all of winemon; make it where it is missing."""
     path = layer_path()
-    if path.exists():
-        return path
-    with locked("layer"):
-        if not path.exists():
-            site = one_machine("layer")
-            with machines(session, site):
-                site.up()
-                keep(site)
+    while not path.exists():
+        with locked("layer", wait=False) as ours:
+            if ours and not path.exists():
+                site = one_machine("layer")
+                with machines(session, site):
+                    site.up()
+                    keep(site)
+        time.sleep(1)  # another process is at it, perhaps with other tests of its machine behind that
     return path
 
 
