@@ -69,10 +69,11 @@ RENAME_EXCHANGE: Final = 2
 PIN: Final = re.compile(r"[0-9A-Za-z][\w.-]*(\[[\w,.-]+\])?==[\w.!+-]+", re.ASCII)
 HASH: Final = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 COMPILE: Final = """
-import compileall, re, sys
-compileall.compile_dir(sys.argv[1], rx=re.compile("/tests/"), quiet=2, workers=0)
+import compileall, os, re, sys
+os.nice(10)
+compileall.compile_dir(sys.argv[1], rx=re.compile("/tests/"), force=True, quiet=2, workers=0)
 """
-"""Write bytecode, as nobody may later; much of what wheels have is their own tests, which nothing imports."""
+"""Compiles all but the libraries' own tests, for what serves and may not write; what is live goes first."""
 NO_ANSWER: Final = "no answer"
 PYTHON: Final = f"{sys.version_info.major}.{sys.version_info.minor}"
 TOLERANCE: Final = 1e-9
@@ -466,7 +467,11 @@ def verify_wheels(directory: Path, lock: str) -> str:
 def fingerprint(directory: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a directory, and where every link leads, by name."""
     found = {}
-    for parent, directories, files in os.walk(directory):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, directories, files in os.walk(directory, onerror=fail):
         place = Path(parent)
         below = place.relative_to(directory)
         for name in (*directories, *files):

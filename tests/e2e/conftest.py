@@ -3,7 +3,7 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from delivery import release
 from tests.e2e.machines import (
     BUILD,
     INVENTORY,
+    ONE_MACHINE,
     SECRETS,
     journals,
     layer_path,
-    machines,
+    locked,
     new_site,
     one_machine,
     provisioned,
     renew,
+    running,
 )
 from tests.e2e.releases import Build, Edit
 from tests.e2e.site import ROOT, Site
@@ -69,18 +71,30 @@ def _priority(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def provisioned_machine(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Have the machine of most scenarios and return its layer."""
-    layer = provisioned(request.session)
-    with machines(request.session, one_machine("machine"), layer=layer):
-        yield layer
+def renewed(request: pytest.FixtureRequest) -> Iterator[Callable[[Site], None]]:
+    """Have the machine of most scenarios; return what brings it to the state of its first start."""
+    layer, used = provisioned(request.session), False
+
+    def renewed(site: Site) -> None:
+        nonlocal used
+        if used:
+            renew(site, layer)
+        used = True
+
+    with locked(ONE_MACHINE), running(one_machine("machine"), layer=layer):
+        yield renewed
 
 
 @pytest.fixture(scope="module")
-def site(request: pytest.FixtureRequest, provisioned_machine: Path) -> Iterator[Site]:
+def site(request: pytest.FixtureRequest, renewed: Callable[[Site], None]) -> Iterator[Site]:
     """Have a machine that was provisioned; every test goes on from where the one before it left it."""
     site = new_site(INVENTORY, BUILD / scenario(request.path.name), SECRETS)
-    renew(site, provisioned_machine)
+    renewed(site)
+    # Its services are started, but perhaps not yet listening.
+    site.run(
+        "for port in 5000 8089 9090 9093; do"
+        ' timeout 60 sh -c "until ss -Hltn sport = :$port | grep -q .; do sleep 0.1; done" || exit; done'
+    )
     with journals(request.session, site):
         yield site
     site.close()

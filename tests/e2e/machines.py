@@ -21,6 +21,8 @@ from tests.e2e.site import ROOT, Site, until
 
 INVENTORY: Final = Path(__file__).parent / "inventory"
 """The inventory of one machine, which most scenarios use."""
+ONE_MACHINE: Final = "winemon-e2e"
+"""The name of that machine, and of the lock that whoever has it holds."""
 BUILD: Final = ROOT / "build" / "e2e"
 SECRETS: Final = BUILD / "secrets"
 MACHINES: Final = ROOT / ".machines"
@@ -101,11 +103,15 @@ def await_services(site: Site, name: str) -> None:
 def renew(site: Site, layer: Path) -> None:
     """Have a machine on a layer as it was at its first start."""
     machine = MACHINES / site.name
+    resolver = machine / "upper" / "etc" / "resolv.conf"  # of today's network
+    servers = resolver.read_bytes()
     site.hang_up()
     subprocess.run([MACHINE, "stop", site.name, machine], check=True)
     for place in ("upper", "work"):
         shutil.rmtree(machine / place)
         (machine / place).mkdir()
+    resolver.parent.mkdir()
+    resolver.write_bytes(servers)
     lower = f"{layer / 'upper'}:{MACHINES / f'debian-{DEBIAN}'}"
     subprocess.run([MACHINE, "start", site.name, machine, lower, site.bridge], check=True)
     shutil.rmtree(site.secrets)
@@ -115,7 +121,7 @@ def renew(site: Site, layer: Path) -> None:
 
 def stop(site: Site) -> None:
     """Stop the machines of a site and remove them, with the disks of those that have one."""
-    site.close()
+    site.hang_up()
     for directory in (MACHINES / name for name in site.addresses):
         mounts = Path("/proc/mounts").read_text().count(f" {directory} ")
         if mounts:
@@ -144,6 +150,13 @@ def journals(session: pytest.Session, site: Site) -> Iterator[None]:
 def machines(
     session: pytest.Session, site: Site, *options: str, debian: str = DEBIAN, layer: Path | None = None
 ) -> Iterator[None]:
+    """Have the machines of a site for the tests of a module, and remove them at the end, whatever happens."""
+    with running(site, *options, debian=debian, layer=layer), journals(session, site):
+        yield
+
+
+@contextlib.contextmanager
+def running(site: Site, *options: str, debian: str = DEBIAN, layer: Path | None = None) -> Iterator[None]:
     """Have the machines of a site, and remove them at the end, whatever happens."""
     if os.geteuid() != 0:
         pytest.fail("Machines are built as root: run `sudo make test`.")
@@ -156,9 +169,9 @@ def machines(
         assert left_behind(site).keys() >= {"interfaces", "nftables", "processes", "files"}, (
             "it looks in the wrong places"
         )
-        with journals(session, site):
-            yield
+        yield
     finally:
+        site.close()
         loaded.unlink(missing_ok=True)
         stop(site)
     assert left_behind(site) == {}
@@ -214,7 +227,7 @@ def keep(site: Site) -> None:
     (machine / "upper").rename(partial / "upper")
     shutil.rmtree(machine / "work")
     (machine / "upper").mkdir()
-    samples = "var/lib/prometheus/metrics2"  # are of this machine
+    samples = "var/lib/prometheus/metrics2"  # which others are not to have
     copy = ["cp", "--archive", "--parents", samples, machine / "upper"]
     subprocess.run(copy, check=True, cwd=partial / "upper")
     shutil.rmtree(partial / "upper" / samples)
@@ -228,13 +241,13 @@ def provisioned(session: pytest.Session) -> Path:
     """Return the layer of a machine that has all of winemon; make it where it is missing."""
     path = layer_path()
     while not path.exists():
-        with locked("layer", wait=False) as ours:
+        with locked(ONE_MACHINE, wait=False) as ours:
             if ours and not path.exists():
                 site = one_machine("layer")
                 with machines(session, site):
                     site.up()
                     keep(site)
-        time.sleep(1)  # another process is at it, perhaps with other tests of its machine behind that
+        time.sleep(1)  # as long as another process makes it
     return path
 
 

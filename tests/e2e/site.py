@@ -57,7 +57,7 @@ class Site:
             f"  IdentityFile {self.key}\n  UserKnownHostsFile {self.known_hosts}\n"
             # To log in costs ten times what most commands cost.
             f"  ControlMaster auto\n  ControlPersist 60\n  ControlPath {self.connections}/winemon-%C\n"
-            "  ServerAliveInterval 5\n"
+            f"  ServerAliveInterval {5 * self.patience}\n"
         )
         self.client = self.connect()
 
@@ -119,9 +119,9 @@ class Site:
         assert result.returncode == 0, f"{command}: {result.stderr}{result.stdout}"
         return result.stdout.strip()
 
-    def hang_up(self) -> None:
+    def hang_up(self, *names: str) -> None:
         """End the connections that commands ran over: one to a machine that is gone would never answer."""
-        for name in self.addresses:
+        for name in names or self.addresses:
             command = ["ssh", "-F", self.ssh_config, "-O", "exit", name]
             subprocess.run(command, capture_output=True, check=False)  # fails where there is none
 
@@ -129,12 +129,12 @@ class Site:
         """Reboot a machine and return when its user can log in again."""
 
         def boot() -> str:
-            return self.ssh("cat /proc/sys/kernel/random/boot_id; uptime -s", on=on).stdout
+            return self.ssh("cat /proc/sys/kernel/random/boot_id", on=on).stdout
 
         before = boot()
         assert before
         self.ssh("sudo reboot", on=on)
-        self.hang_up()
+        self.hang_up(on or self.name)
         until(lambda: boot() not in {"", before}, "the machine comes back", 90 * self.patience)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.load import WINES, Load
-from tests.e2e.machines import keep, layer_path, locked, machines, one_machine
+from tests.e2e.machines import ONE_MACHINE, keep, layer_path, locked, machines, one_machine
 from tests.e2e.releases import HEALTH, Build, publish, replace, status
 from tests.e2e.site import Site, until
 
@@ -24,8 +24,8 @@ PROVOKED = {"ApiDown", "ArtifactRefused"}
 @pytest.fixture(scope="module")
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     """Build the machine, bare at first; every test goes on from where the one before it left it."""
-    # Who wants a machine with all of winemon gets this one's layer, and waits for it where there is none.
-    with locked("layer"):
+    # Who wants a machine with all of winemon waits for this one's layer.
+    with locked(ONE_MACHINE):
         site = one_machine("one_machine")
         with machines(request.session, site):
             yield site
@@ -36,6 +36,7 @@ def sample(text: str, name: str) -> float:
     return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(name + " "))
 
 
+@pytest.mark.thorough
 def test_check_mode_passes_on_a_bare_machine_and_leaves_it_bare(site: Site) -> None:
     site.play("site.yml", "--check")
     assert site.run("ls /opt; getent passwd winemon || true") == ""
@@ -178,6 +179,7 @@ def test_secrets_are_nobody_elses_business(site: Site) -> None:
     assert site.run(f"stat -c %a {hashes}").split() == ["640", "640"]
 
 
+@pytest.mark.thorough
 def test_reloads_under_load_fail_no_request_and_every_request_is_counted(site: Site) -> None:
     def served() -> float:
         lines = site.client.get(site.api("/metrics")).text.splitlines()
@@ -236,6 +238,7 @@ def test_prometheus_runs_on_rules_that_load(site: Site) -> None:
         time.sleep(1)
 
 
+@pytest.mark.thorough
 def test_in_its_first_ten_minutes_a_machine_fires_nothing_but_the_watchdog_and_what_was_provoked(
     site: Site,
 ) -> None:

@@ -121,7 +121,7 @@ class Build:
         unit = ["systemd-run", "--quiet", "--collect", "--wait", "--pipe", f"--unit={UNIT}"]
         unit += [f"--property={line}" for line in [*self.properties, f"WorkingDirectory={directory}"]]
         unit += [f"--setenv={key}={value}" for key, value in self.variables.items()]
-        # As in Jenkins, what a step prints and what its shell traces is one pipe: no line breaks another.
+        # One pipe, as in Jenkins: no line that the shell traces gets into one that the command prints.
         remote = shlex.join(["sudo", *unit, "--", "sh", "-c", 'exec sh -xe -c "$0" 2>&1', command])
         with self.log(name).open("w") as file:
             call = ["ssh", "-F", str(self.site.ssh_config), self.site.name, remote]
