@@ -33,6 +33,8 @@ SOURCES: Final = (
     *("site.yml", "training", "tests/e2e/grafana", "tests/e2e/inventory", "tests/e2e/jenkins"),
 )
 """What a provisioned machine is made from."""
+PROCESSORS: Final = Path("/sys/fs/cgroup/cpu")
+"""The first version of control groups; what is in no group of it has 1,024 shares."""
 UNITS: Final = (
     "winemon-api",
     "haproxy",
@@ -56,6 +58,28 @@ def locked(name: str, *, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             ours = False
         yield ours
+
+
+@contextlib.contextmanager
+def background(name: str) -> Iterator[None]:
+    """Give this process, and what it starts meanwhile, a quarter of others' share of the processors."""
+    group = PROCESSORS / name
+    group.mkdir()
+    (group / "cpu.shares").write_text("256")
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        dissolve(group)
+
+
+def dissolve(group: Path) -> None:
+    """Give the processes of a group the share of others again, and remove it."""
+    while members := (group / "cgroup.procs").read_text().split():
+        for member in members:
+            with contextlib.suppress(ProcessLookupError):
+                (PROCESSORS / "cgroup.procs").write_text(member)
+    group.rmdir()
 
 
 def left_behind(site: Site) -> dict[str, list[str]]:
@@ -257,3 +281,5 @@ if __name__ == "__main__":  # whatever an interrupted run has left
             stop(left)
         assert left_behind(left) == {}
     shutil.rmtree(BUILD / "left")
+    for group in PROCESSORS.glob("winemon-[0-9]*"):
+        dissolve(group)
