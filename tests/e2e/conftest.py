@@ -30,8 +30,8 @@ from tests.e2e.machines import (
 from tests.e2e.releases import Build, Edit
 from tests.e2e.site import ROOT, Site
 
-OWN_MACHINES = ("many_machines", "offline", "power", "upgrade")
-"""The scenarios that share no machine with others, and may run beside them."""
+OWN_MACHINES = ("many_machines", "upgrade", "power", "offline")
+"""The scenarios that share no machine with others, and may run beside them: the longest ones first."""
 
 
 def scenario(file: str) -> str:
@@ -60,7 +60,8 @@ def pytest_sessionstart() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the lifecycle of one machine first: what it provisions is the layer of others."""
-    items.sort(key=lambda item: item.path.name != "test_one_machine.py")
+    order = {name: place for place, name in enumerate(("one_machine", *OWN_MACHINES))}
+    items.sort(key=lambda item: order.get(scenario(item.path.name), len(order)))
 
 
 @pytest.fixture(scope="module", autouse=True)
