@@ -21,8 +21,8 @@ from tests.e2e.site import ROOT, Site, until
 
 INVENTORY: Final = Path(__file__).parent / "inventory"
 """The inventory of one machine, which most scenarios use."""
-ONE_MACHINE: Final = "winemon-e2e"
-"""The name of that machine, and of the lock that whoever has it holds."""
+ONE_MACHINE: Final = "one-machine"
+"""The lock that whoever has that machine holds."""
 BUILD: Final = ROOT / "build" / "e2e"
 SECRETS: Final = BUILD / "secrets"
 MACHINES: Final = ROOT / ".machines"
