@@ -31,7 +31,7 @@ from tests.e2e.releases import Build, Edit
 from tests.e2e.site import ROOT, Site
 
 OWN_MACHINES = ("many_machines", "upgrade", "power", "offline")
-"""The scenarios that share no machine with others, and may run beside them: the longest ones first."""
+"""Scenarios that share no machine with others, and run beside them in this order: power needs the layer."""
 
 
 def scenario(file: str) -> str:
