@@ -1,5 +1,6 @@
 """What the scenarios share: a machine that has all of winemon, and releases to deploy there."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,7 +16,6 @@ from tests.e2e.machines import (
     BUILD,
     INVENTORY,
     ONE_MACHINE,
-    PROCESSORS,
     SECRETS,
     background,
     journals,
@@ -28,7 +28,7 @@ from tests.e2e.machines import (
     running,
 )
 from tests.e2e.releases import Build, Edit
-from tests.e2e.site import ROOT, Site
+from tests.e2e.site import ROOT, Site, until
 
 OWN_MACHINES = ("many_machines", "upgrade", "power", "offline")
 """Scenarios that share no machine with others, and run beside them in this order: power needs the layer."""
@@ -59,21 +59,16 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the lifecycle of one machine first: what it provisions is the layer of others."""
+    """Put the lifecycle first, whose machine is the layer of others, then OWN_MACHINES in their order."""
     order = {name: place for place, name in enumerate(("one_machine", *OWN_MACHINES))}
     items.sort(key=lambda item: order.get(scenario(item.path.name), len(order)))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _priority(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Have those of OWN_MACHINES give way to the one machine, whose response times have limits.
-
-    Where systemd runs this computer, each machine has a share of its own already.
-    """
-    if scenario(request.path.name) not in OWN_MACHINES or not PROCESSORS.is_dir():
-        yield
-        return
-    with background(f"winemon-{os.getpid()}"):
+    """Have those of OWN_MACHINES give way to the one machine, whose response times have limits."""
+    gives_way = scenario(request.path.name) in OWN_MACHINES
+    with background() if gives_way else contextlib.nullcontext():
         yield
 
 
@@ -82,14 +77,14 @@ def renewed(request: pytest.FixtureRequest) -> Iterator[Callable[[Site], None]]:
     """Have the machine of most scenarios; return what brings it to the state of its first start."""
     layer, used = provisioned(request.session), False
 
-    def renewed(site: Site) -> None:
+    def bring_back(site: Site) -> None:
         nonlocal used
         if used:
             renew(site, layer)
         used = True
 
     with locked(ONE_MACHINE), running(one_machine("machine"), layer=layer):
-        yield renewed
+        yield bring_back
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +93,8 @@ def site(request: pytest.FixtureRequest, renewed: Callable[[Site], None]) -> Ite
     site = new_site(INVENTORY, BUILD / scenario(request.path.name), SECRETS)
     renewed(site)
     # Its services are started, but perhaps not yet listening.
-    site.run(
-        "for port in 5000 8089 9090 9093; do"
-        ' timeout 60 sh -c "until ss -Hltn sport = :$port | grep -q .; do sleep 0.1; done" || exit; done'
-    )
+    ports = "for port in 5000 8089 9090 9093; do ss -Hltn sport = :$port | grep -q . || exit; done"
+    until(lambda: site.ssh(ports).returncode == 0, "its services listen", 30)
     with journals(request.session, site):
         yield site
     site.close()

@@ -19,7 +19,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from tests.e2e.machines import MACHINE, MACHINES
+from tests.e2e.machines import MACHINE, MACHINES, halt
 from tests.e2e.releases import HEALTH, STORE, Build, index, replace, status
 from tests.e2e.site import Site
 
@@ -57,15 +57,9 @@ class Disk:
         self.site, self.image, self.layers, self.kept = site, image, layers, image.with_suffix(".kept")
         self.directory = MACHINES / site.name
 
-    def call(self, verb: str, *more: str | Path) -> None:
-        """Start or stop the machine."""
-        command = [MACHINE, verb, self.site.name, self.directory, *more]
-        subprocess.run(command, check=True)
-
     def insert(self) -> None:
         """Move the machine, which is provisioned, to a disk of its own, and keep a copy of that."""
-        self.site.hang_up()
-        self.call("stop")
+        halt(self.site)
         # Other machines, which may start meanwhile, are told when the disk is removed.
         subprocess.run(["mount", "--bind", self.directory, self.directory], check=True)
         subprocess.run(["mount", "--make-shared", self.directory], check=True)
@@ -94,7 +88,8 @@ class Disk:
     def boot(self) -> None:
         """Start the machine and wait until its user can log in."""
         subprocess.run(["mount", "-o", "loop", self.image, self.directory], check=True)
-        self.call("start", self.layers, self.site.bridge)
+        command = [MACHINE, "start", self.site.name, self.directory, self.layers, self.site.bridge]
+        subprocess.run(command, check=True)
         deadline = time.monotonic() + 60
         while self.site.ssh("true").returncode:
             assert time.monotonic() < deadline, "it does not boot"

@@ -135,7 +135,7 @@ class Site:
         assert before
         self.ssh("sudo reboot", on=on)
         self.hang_up(on or self.name)
-        until(lambda: boot() not in {"", before}, "the machine comes back", 90 * self.patience)
+        until(lambda: boot() not in {"", before}, "the machine comes back", 60 * self.patience)
 
     def close(self) -> None:
         """End all connections."""

@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 from delivery import archive
-from tests.e2e.machines import DEBIAN, MACHINES, machines, new_site, provisioned
+from tests.e2e.machines import lower, machines, new_site, provisioned
 from tests.e2e.mains import Disk, Mains
 from tests.e2e.releases import STORE, Build, name
 from tests.e2e.site import ROOT
@@ -191,7 +191,7 @@ def mains(request: pytest.FixtureRequest, build: Build) -> Iterator[Mains]:
         site.run(f"for unit in {OTHERS}; do systemctl disable --now $unit || true; done")
         site.run("rm -r /opt/winemon/venvs/loadtest-*")
         site.play("site.yml")
-        disk = Disk(site, BUILD / "disk.img", f"{layer / 'upper'}:{MACHINES / f'debian-{DEBIAN}'}")
+        disk = Disk(site, BUILD / "disk.img", lower(layer))
         disk.insert()
         yield Mains(site, disk, build)
 
